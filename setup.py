@@ -1,0 +1,35 @@
+"""Packaging, read from settings.ini: the dependencies and pins stand there once."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+
+
+def requirements(key: str) -> list[str]:
+    return [line for line in settings[key].splitlines() if line.strip()]
+
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    author_email=settings["author_email"],
+    license="Apache-2.0",
+    keywords=settings["keywords"].split(),
+    url=settings["git_url"],
+    packages=find_packages(include=["dlnb", "dlnb.*"]),
+    python_requires=f">={settings['min_python']}",
+    install_requires=requirements("requirements"),
+    extras_require={"dev": requirements("dev_requirements")},
+    entry_points={
+        "papermill.engine": ["dlnb = dlnb.engine:DlnbEngine"],
+        "nbdev": ["dlnb = dlnb._modidx:d"],
+    },
+)

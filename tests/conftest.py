@@ -1,0 +1,133 @@
+"""What the tests share: small notebooks, papermill in its own process, and a look at what it leaves running."""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_rank():
+    "Two ranks on two cores: more threads only get in each other's way. Inherited by every process that a test starts."
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def write_notebook(path: Path, *cells: str) -> Path:
+    "A notebook of code cells, the first of which is tagged `parameters`."
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, path)
+    return path
+
+
+class Papermill:
+    "papermill as a process of its own, from the command line, and everything that it starts."
+
+    def __init__(self, notebook: Path, out: Path, *arguments: str, launcher: tuple[str, ...] = (), **parameters):
+        self.out = out
+        given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+        command = [*(launcher or (sys.executable,)), "-m", "papermill", str(notebook), str(out), "--engine", "dlnb"]
+        command += ["--no-progress-bar", *given, *arguments]
+        self.family: dict[int, psutil.Process] = {}
+        self.log = out.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=out.parent, stdout=log, stderr=log, start_new_session=True)
+        self.started = time.monotonic()
+
+    def look(self) -> None:
+        "Remember the processes that there are now, for `leftover`."
+        try:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self.family[process.pid] = process
+        except psutil.NoSuchProcess:
+            pass
+
+    def wait(self, timeout: float = 120) -> int:
+        "The exit code; the processes are noted meanwhile. Ends everything and fails after `timeout` seconds."
+        while self.process.poll() is None:
+            self.look()
+            if time.monotonic() > self.started + timeout:
+                self.end()
+                pytest.fail(f"papermill still ran after {timeout} s:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+        return self.process.returncode
+
+    def wait_for_output(self, text: str, timeout: float = 90) -> None:
+        "Until a cell of the output notebook has printed `text`."
+        while text not in self.printed():
+            self.look()
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < self.started + timeout, f"{text!r} did not come in {timeout} s"
+            time.sleep(0.1)
+        self.look()
+
+    def notebook(self) -> nbformat.NotebookNode:
+        "The output notebook as it is on disk."
+        return nbformat.read(self.out, as_version=4)
+
+    def printed(self) -> str:
+        "All streams of the output notebook so far."
+        if not self.out.exists():
+            return ""
+        outputs = [output for cell in self.notebook().cells for output in cell.get("outputs", [])]
+        return "".join(output.text for output in outputs if output.output_type == "stream")
+
+    def errors(self) -> list[tuple[int, str, str]]:
+        "(cell, exception and its text, traceback) of every error in the notebook; cells that papermill adds are not counted."
+        cells = [cell for cell in self.notebook().cells if cell.cell_type == "code" and "papermill" in cell.metadata]
+        return [
+            (index, f"{output.ename}: {output.evalue}", ANSI.sub("", "\n".join(output.traceback)))
+            for index, cell in enumerate(cells)
+            for output in cell.outputs
+            if output.output_type == "error"
+        ]
+
+    def statuses(self) -> list[str]:
+        "papermill's word on every code cell."
+        return [cell.metadata.papermill.status for cell in self.notebook().cells if cell.cell_type == "code"]
+
+    def leftover(self, within: float = 15) -> list[str]:
+        "The processes that still run `within` seconds from now: the command lines."
+        deadline = time.monotonic() + within
+        while (alive := [process for process in self.family.values() if is_running(process)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [" ".join(process.cmdline()) for process in alive]
+
+    def end(self) -> None:
+        "Kill what this test has started."
+        self.look()
+        for process in (psutil.Process(self.process.pid), *self.family.values()) if self.process.poll() is None else self.family.values():
+            if is_running(process):
+                process.kill()
+        self.process.wait()
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def papermill(tmp_path):
+    "Start papermill; whatever is left of it is ended after the test."
+    started = []
+
+    def start(notebook: Path, *arguments, **options) -> Papermill:
+        started.append(Papermill(notebook, tmp_path / f"out-{len(started)}.ipynb", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.end()

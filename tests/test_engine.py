@@ -1,0 +1,251 @@
+"""The engine on broken notebooks: whatever fails, the notebook tells it, papermill ends, and nothing is left running."""
+import os
+import signal
+import time
+
+import nbformat
+import pytest
+from conftest import write_notebook
+
+from dlnb.engine import launch
+
+pytestmark = pytest.mark.timeout(240)
+
+# One rank a process through Lightning's launcher, without Lightning's Trainer around it: quick to start.
+RANKS = """
+import os, signal, sys, time, torch
+from lightning.fabric import Fabric
+fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp")
+fabric.launch()
+rank = fabric.global_rank
+"""
+WAIT = "torch.distributed.barrier()"
+
+
+@pytest.fixture
+def run(papermill, tmp_path):
+    "Run cells on two ranks; the process, ended."
+
+    def run(*cells: str, devices: int = 2):
+        path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, *cells, "print('never reached')")
+        job = papermill(path, devices=devices)
+        job.wait()
+        return job
+
+    return run
+
+
+def assert_failed(job, cell: int, *told: str) -> None:
+    "papermill failed; the cell holds the failure first; what comes after it has not run; nothing is left."
+    assert job.process.returncode == 1, job.log.read_text()[-2000:]
+    assert job.errors(), job.printed()
+    index, error, traceback = job.errors()[0]
+    assert index == cell
+    for word in told:
+        assert word in f"{error}\n{traceback}"
+    assert job.statuses()[cell] == "failed"
+    assert "completed" not in job.statuses()[cell + 1 :]
+    assert "never reached" not in job.printed()
+    assert len(job.family) >= 2
+    assert job.leftover(within=15) == []
+
+
+def test_a_rank_that_raises_is_shown_with_its_traceback(run):
+    job = run(f"if rank == 1:\n    raise ValueError('only on rank one')\n{WAIT}")
+    # The parameters that papermill injects are a cell of their own: 0 parameters, 1 injected, 2 ranks, 3 this one.
+    assert_failed(job, 3, "[rank 1] only on rank one", "raise ValueError")
+
+
+def test_rank_zero_raising_is_shown_with_its_traceback(run):
+    assert_failed(run(f"if rank == 0:\n    raise ValueError('only on rank zero')\n{WAIT}"), 3, "only on rank zero")
+
+
+def test_all_ranks_raising_is_one_failure(run):
+    assert_failed(run("raise ValueError('on all ranks')"), 3, "on all ranks")
+
+
+def test_an_error_in_an_earlier_cell_than_rank_zero_is_in_stays_in_that_cell(run):
+    job = run("if rank == 1:\n    time.sleep(1)\n    raise ValueError('late')", WAIT)
+    assert_failed(job, 3, "[rank 1] late")
+
+
+def test_an_error_after_rank_zero_has_finished_fails_the_notebook(papermill, tmp_path):
+    last = "if rank == 1:\n    time.sleep(1)\n    raise ValueError('at the very end')"
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, last), devices=2)
+    job.wait()
+    assert_failed(job, 3, "[rank 1] at the very end")
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSEGV", "SIGTERM"])
+def test_a_killed_rank_is_told_by_its_signal(run, number):
+    job = run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\n{WAIT}")
+    assert_failed(job, 3, "[rank 1]", number)
+
+
+def test_a_killed_kernel_is_told_by_its_signal(run):
+    assert_failed(run(f"if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}"), 3, "kernel", "SIGKILL")
+
+
+def test_a_rank_that_runs_out_of_memory_is_told(run):
+    hog = """if rank == 1:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+    bytearray(2**34)
+torch.distributed.barrier()"""
+    assert_failed(run(hog), 3, "[rank 1]", "MemoryError")
+
+
+def test_a_rank_that_leaves_ends_the_others(run):
+    assert_failed(run(f"if rank == 1:\n    os._exit(3)\n{WAIT}"), 3, "[rank 1]", "exited with code 3")
+
+
+def test_three_ranks_of_which_the_last_fails(run):
+    assert_failed(run(f"if rank == 2:\n    raise ValueError('third')\n{WAIT}", devices=3), 3, "[rank 2] third")
+
+
+def test_failure_is_known_within_15_seconds(run):
+    job = run(f"print('at', time.time())\n{WAIT}\nif rank == 1:\n    raise ValueError('now')\n{WAIT}")
+    told = float(job.printed().split("at ")[1].split()[0])
+    assert os.path.getmtime(job.out) - told < 15
+
+
+@pytest.fixture
+def sleeping(papermill, tmp_path):
+    "A notebook of two ranks that sleep, with a process of their own each."
+    sleep = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nprint('asleep', rank, flush=True)\ntime.sleep(600)"
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2)
+    job.wait_for_output("asleep 0")
+    job.wait_for_output("[rank 1] asleep 1")
+    return job
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_ends_all_ranks_and_leaves_a_readable_notebook(sleeping, number, code):
+    sleeping.process.send_signal(number)
+    before = time.monotonic()
+    assert sleeping.wait() == code
+    assert time.monotonic() - before < 15
+    assert sleeping.errors()[0][0] == 3
+    assert signal.Signals(number).name in str(sleeping.errors())
+    assert sleeping.statuses()[3:] == ["failed", "pending"]
+    assert sleeping.leftover() == []
+
+
+def test_nothing_is_left_when_papermill_itself_is_killed(sleeping):
+    sleeping.process.kill()
+    sleeping.wait()
+    assert sleeping.leftover() == []
+    assert sleeping.statuses()[3:] == ["running", "pending"]
+    assert "asleep 0" in sleeping.printed()
+
+
+def test_nothing_is_left_when_the_kernel_is_killed_from_outside(sleeping):
+    kernel = next(process for process in sleeping.family.values() if "ipykernel" in " ".join(process.cmdline()))
+    kernel.kill()
+    assert sleeping.wait() == 1
+    assert_failed(sleeping, 3, "kernel", "SIGKILL")
+
+
+def test_output_is_in_the_notebook_as_it_happens_and_stays_small(papermill, tmp_path):
+    bar = """import sys, time
+from tqdm import tqdm
+print('a line', flush=True)
+for step in tqdm(range(20_000), mininterval=0):
+    pass
+print('\\nbars done', flush=True)
+time.sleep(6)"""
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bar))
+    job.wait_for_output("bars done")
+    assert job.process.poll() is None, "the cell had ended already"
+    assert job.wait() == 0
+    assert "a line" in job.printed() and "20000/20000" in job.printed()
+    assert job.out.stat().st_size < 20_000
+
+
+def test_widgets_that_are_closed_are_not_kept(papermill, tmp_path):
+    bars = "from tqdm.notebook import tqdm\nfor epoch in range(30):\n    for step in tqdm(range(3), leave=False):\n        pass"
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bars))
+    assert job.wait() == 0
+    assert job.out.stat().st_size < 50_000
+
+
+@pytest.mark.parametrize(
+    "parameters, told",
+    [
+        ({"devics": 2}, "Did you mean 'devices'?"),
+        ({"devices": 2, "zzz": 1}, "Choices: devices, strategy."),
+    ],
+)
+def test_unknown_parameters_are_refused_before_anything_runs(papermill, tmp_path, parameters, told):
+    path = write_notebook(tmp_path / "in.ipynb", "devices = 1\nstrategy = 'ddp'", "open('ran', 'w').close()")
+    job = papermill(path, **parameters)
+    assert job.wait() == 1
+    assert told in job.log.read_text() and "Traceback" not in job.log.read_text()
+    assert not job.out.exists() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tagged", [0, 2])
+def test_a_missing_or_doubled_parameters_tag_is_refused(papermill, tmp_path, tagged):
+    path = write_notebook(tmp_path / "in.ipynb", "devices = 1", "devices = 2", "open('ran', 'w').close()")
+    notebook = nbformat.read(path, 4)
+    for index, cell in enumerate(notebook.cells):
+        cell.metadata["tags"] = ["parameters"] if index < tagged else []
+    nbformat.write(notebook, path)
+    job = papermill(path, devices=1)
+    assert job.wait() == 1
+    assert f"{tagged} cells tagged 'parameters'" in job.log.read_text()
+    assert not job.out.exists() and not (tmp_path / "ran").exists()
+
+
+def test_an_exception_that_the_notebook_expects_is_no_failure(papermill, tmp_path):
+    path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "1 / 0", "print('after it', rank)")
+    notebook = nbformat.read(path, 4)
+    notebook.cells[2].metadata["tags"] = ["raises-exception"]
+    nbformat.write(notebook, path)
+    job = papermill(path, devices=2)
+    job.wait()
+    assert "after it 0" in job.printed() and "[rank 1] after it 1" in job.printed()
+    assert job.leftover() == []
+
+
+def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
+    cell = "%precision 2\nfrom IPython.display import display\ndisplay('shown once')\n!echo from-a-shell-$LOCAL_RANK"
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, cell), devices=2)
+    assert job.wait() == 0, job.log.read_text()[-2000:]
+    assert "[rank 1] from-a-shell-1" in job.printed()
+    assert job.out.read_text().count("shown once") == 2  # the source and rank 0's display
+
+
+def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_path):
+    launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29517")
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)"), launcher=launcher, devices=2)
+    assert job.wait() == 0, job.log.read_text()[-3000:]
+    assert "rank 0" in job.printed() and "[rank 1] rank 1" in job.printed()
+    assert job.statuses() == ["completed"] * 4
+    assert job.leftover() == []
+
+
+def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
+    launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29518")
+    fail = f"if rank == 1:\n    raise ValueError('under torchrun')\n{WAIT}"
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, fail, "pass"), launcher=launcher, devices=2)
+    assert job.wait() != 0
+    assert "under torchrun" in str(job.errors())
+    assert job.statuses()[3:] == ["failed", "pending"]
+    assert job.leftover() == []
+
+
+def test_launch_returns_the_executed_notebook(tmp_path):
+    path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)")
+    executed, folder = launch(path, tmp_path / "out.ipynb", devices=2)
+    text = "".join(output.text for output in executed.cells[-1].outputs)
+    assert "rank 0" in text and "[rank 1] rank 1" in text
+    assert folder is None
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs == executed.cells[-1].outputs
+
+
+def test_no_job_folder_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    launch(write_notebook(tmp_path / "in.ipynb", "a = 1", "print(a)"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.ipynb"]
