@@ -6,6 +6,8 @@
 __all__ = ['read_state_dict', 'consolidate']
 
 # %% ../nbs/05_consolidate.ipynb #05907cfc
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # %% ../nbs/05_consolidate.ipynb #ec5d81c8
@@ -21,7 +23,8 @@ def read_state_dict(
 
         if not (checkpoint / "checkpoint").is_dir():
             raise ValueError(f"{checkpoint} is no checkpoint of a DeepSpeed strategy: it has no folder 'checkpoint'.")
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it reports every step
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{checkpoint} is no Lightning checkpoint: it holds no 'state_dict'.")

@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'resolve_accelerator', 'zero_stage', 'offloads_optimize
            'configure_optimizers', 'provide_optimizers']
 
 # %% ../nbs/02_optim.ipynb #e2b20e20
+import inspect
 import math
 import os
 import shutil
@@ -19,7 +20,8 @@ from types import ModuleType
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator, XLAAccelerator
+from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -34,7 +36,7 @@ from .errors import unknown
 def resolve_accelerator(
     accelerator: str | Accelerator = "auto",  # Lightning's name, or an accelerator object such as `trainer.accelerator`
 ) -> str:  # "cuda", "mps", "tpu" or "cpu"
-    "The device type that a Lightning Trainer takes for `accelerator` on this machine. Raises ValueError on an unknown name."
+    "The device type that a Lightning Trainer takes for `accelerator` here. Raises ValueError on an unknown name."
     if isinstance(accelerator, Accelerator):
         return accelerator.name()
     candidates = {"auto": [XLAAccelerator, MPSAccelerator, CUDAAccelerator], "gpu": [MPSAccelerator, CUDAAccelerator]}
@@ -63,7 +65,7 @@ def _zero_config(strategy: str | Strategy) -> dict:
 def zero_stage(
     strategy: str | Strategy,  # a name that Lightning registers, or a strategy object
 ) -> int:  # 0 (no ZeRO), 1, 2 or 3
-    "DeepSpeed's ZeRO stage of a strategy: what is cut over the ranks, optimizer state (1), gradients (2), parameters (3)."
+    "ZeRO's stage: what is cut over the ranks, optimizer state (1), gradients as well (2), parameters as well (3)."
     return _zero_config(strategy).get("stage", 0)
 
 
@@ -85,11 +87,12 @@ def parameter_groups(
     """The trainable parameters of a module, each once, as torch's optimizers take them: what decays, and what does not
     (biases, norms, everything one-dimensional). Raises ValueError where there is nothing to train.
     """
-    of_norms = {id(parameter) for part in module.modules() if isinstance(part, _NORMS) for parameter in part.parameters(False)}
+    norms = [part for part in module.modules() if isinstance(part, _NORMS)]
+    of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     decayed, spared = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in a parameter's place
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
             spare = len(shape) < 2 or name.endswith("bias") or id(parameter) in of_norms
             (spared if spare else decayed).append(parameter)
     if not decayed and not spared:
@@ -133,8 +136,8 @@ def import_deepspeed(
     present = deepspeed.accelerator.get_accelerator().device_name()
     if present != device:
         raise RuntimeError(
-            f"DeepSpeed was imported for {present!r} in this process and cannot change to {device!r}. Restart the kernel "
-            f"(or process) and build the strategy first, or set DS_ACCELERATOR={device} before deepspeed is imported."
+            f"DeepSpeed was imported for {present!r} in this process and cannot change to {device!r}. Restart the "
+            f"kernel (or process), and set DS_ACCELERATOR={device} or build the strategy before deepspeed is imported."
         )
     return deepspeed
 
@@ -142,15 +145,19 @@ def import_deepspeed(
 _BUILDERS = {"FusedAdam": "FusedAdamBuilder", "DeepSpeedCPUAdam": "CPUAdamBuilder"}
 
 
-def _missing_tools(device: str) -> list[str]:
-    if shutil.which("ninja") is None:  # pip puts it beside python, which an environment that is not activated leaves out
+def _put_ninja_on_path() -> None:
+    "Pip installs ninja beside python, in a folder that is not on PATH where the environment is not activated."
+    if shutil.which("ninja") is None:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+
+
+def _missing_tools(optimizer: str, device: str) -> list[str]:
     tools = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
-    return tools + (["nvcc"] if device == "cuda" and CUDA_HOME is None else [])
+    return tools + (["nvcc"] if optimizer == "FusedAdam" and device == "cuda" and CUDA_HOME is None else [])
 
 
 def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
-    "Waits for the process that compiles in `folder`; breaks the lock of one that was killed, for which torch would wait forever."
+    "Waits for the process that compiles in `folder`; breaks the lock of a killed one, for which torch waits forever."
     lock = folder / "lock"
     while lock.exists():
         if time.time() - max(path.stat().st_mtime for path in (folder, lock)) > patience:
@@ -164,10 +171,12 @@ def build_problem(
     optimizer: str,  # "FusedAdam" or "DeepSpeedCPUAdam"
     device: str = "cpu",  # "cuda" or "cpu"
 ) -> str:  # "" where the optimizer is ready
-    "Compiles what one of DeepSpeed's optimizers needs, or takes it from the cache; says what was in the way, if anything."
-    builder = import_deepspeed(device).accelerator.get_accelerator().create_op_builder(_BUILDERS[optimizer])
-    folder, missing = Path(_get_build_directory(builder.name, verbose=False)), _missing_tools(device)
-    if not any(folder.glob("*.so")):
+    "Compiles what one of DeepSpeed's optimizers needs, or takes it from the cache; says what was in the way."
+    deepspeed = import_deepspeed(device)
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(_BUILDERS[optimizer])
+    _put_ninja_on_path()
+    folder, missing = Path(_get_build_directory(builder.name, verbose=False)), _missing_tools(optimizer, device)
+    if not any(folder.glob("*.so")) and not deepspeed.git_version_info.installed_ops.get(builder.name):
         if missing:
             return f"{optimizer} has to be compiled, and {' and '.join(missing)} cannot be found"
         rank_zero_info(f"Compiling {optimizer} in {folder}, this once; it takes a minute or two.")
@@ -183,15 +192,16 @@ def _check_optimizer(name: str, strategy: str | Strategy, device: str) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
     remedy = f"use optimizer='auto', which takes {choose_optimizer(strategy, device)!r}"
+    under = f"strategy {strategy!r}" if isinstance(strategy, str) else type(strategy).__name__
     if name in _BUILDERS and device not in ("cuda", "cpu"):
         raise ValueError(f"optimizer={name!r} runs on accelerator='cuda' or 'cpu', not on {device!r}; {remedy}")
     if name == "AdamW_fused" and device not in _TORCH_FUSES_ON:
         raise ValueError(f"optimizer={name!r} runs on one of {', '.join(_TORCH_FUSES_ON)}, not on {device!r}; {remedy}")
     on_host = offloads_optimizer(strategy) or device == "cpu"
     if name == "DeepSpeedCPUAdam" and not on_host:
-        raise ValueError(f"optimizer={name!r} steps in host memory, but strategy {strategy!r} keeps parameters on the GPU; {remedy}")
+        raise ValueError(f"optimizer={name!r} steps in host memory, but {under} keeps it on the GPU; {remedy}")
     if name == "FusedAdam" and on_host and device == "cuda":
-        raise ValueError(f"optimizer={name!r} steps on the GPU, but strategy {strategy!r} offloads to the CPU; {remedy}")
+        raise ValueError(f"optimizer={name!r} steps on the GPU, but {under} offloads it to the CPU; {remedy}")
 
 
 def _settle_optimizer(name: str, strategy: str | Strategy, device: str) -> str:
@@ -228,8 +238,8 @@ def build_optimizer(
         return import_deepspeed(device).ops.adam.FusedAdam(groups, adam_w_mode=True, **common)
     if name == "DeepSpeedCPUAdam":
         return import_deepspeed(device).ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    built = AdamW(groups, fused=name == "AdamW_fused" or None, **common)
-    # A fused step unscales gradients itself, so Lightning refuses to clip them under mixed precision; now the scaler does it.
+    built = AdamW(groups, fused=True if name == "AdamW_fused" else None, **common)
+    # A fused step would unscale gradients itself, and Lightning refuses to clip those; so the scaler unscales them.
     built._step_supports_amp_scaling = False
     return built
 
@@ -261,8 +271,10 @@ def warmup_cosine(
 def _total_steps(module: LightningModule) -> int:
     total = module.trainer.estimated_stepping_batches
     if total == float("inf") or total < 0:
-        raise ValueError("the learning rate's curve needs the number of optimizer steps: give the Trainer max_steps or max_epochs "
-                         "(max_steps where the data has no length)")  # fmt: skip
+        raise ValueError(
+            "the learning rate's curve needs the number of optimizer steps: give the Trainer max_steps or max_epochs "
+            "(max_steps where the data has no length)"
+        )
     return int(total)
 
 
@@ -278,25 +290,35 @@ def configure_optimizers(
 ) -> dict:  # what Lightning takes from `configure_optimizers`
     """An optimizer for the trainer's strategy and accelerator, and a schedule over its optimizer steps.
 
-    Raises ValueError on ratios out of range, on training without an end, and under FSDP, whose flat shards have lost the
-    shapes that tell what decays.
+    Raises ValueError on ratios out of range, on training without an end, and under FSDP, whose flat shards have lost
+    the shapes that tell what decays.
     """
-    if not 0 <= warmup_ratio < 1 or not 0 <= eta_min_ratio <= 1:
-        raise ValueError(f"warmup_ratio={warmup_ratio!r} must be in [0, 1) and eta_min_ratio={eta_min_ratio!r} in [0, 1]")
+    if not 0 <= warmup_ratio < 1:
+        raise ValueError(f"warmup_ratio={warmup_ratio!r} must be in [0, 1)")
+    if not 0 <= eta_min_ratio <= 1:
+        raise ValueError(f"eta_min_ratio={eta_min_ratio!r} must be in [0, 1]")
     strategy, accelerator = module.trainer.strategy, module.trainer.accelerator
     if isinstance(strategy, FSDPStrategy):
-        raise ValueError("FSDP's flat shards do not tell matrices from vectors; define configure_optimizers in the module")
+        raise ValueError("FSDP's flat shards do not tell matrices from vectors; the module has to configure_optimizers")
     built = build_optimizer(module, strategy, accelerator, lr, weight_decay, optimizer, betas, eps)
     total = _total_steps(module)
-    curve = partial(warmup_cosine, total_steps=total, warmup_steps=round(warmup_ratio * total), eta_min_ratio=eta_min_ratio)
-    return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, curve), "interval": "step", "frequency": 1}}
+    warmup = round(warmup_ratio * total)
+    curve = partial(warmup_cosine, total_steps=total, warmup_steps=warmup, eta_min_ratio=eta_min_ratio)
+    schedule = {"scheduler": LambdaLR(built, curve), "interval": "step", "frequency": 1}
+    return {"optimizer": built, "lr_scheduler": schedule}
 
 # %% ../nbs/02_optim.ipynb #87cace0d
 def provide_optimizers(
     module: LightningModule,  # any
     **settings,  # of `configure_optimizers`
 ) -> LightningModule:  # the same module
-    "Gives a module that defines no `configure_optimizers` the one of this notebook, with `settings`; leaves any other alone."
+    """Gives a module that defines no `configure_optimizers` the one of this notebook, with `settings`; leaves any
+    other alone. Raises ValueError on a setting that does not exist.
+    """
+    choices = list(inspect.signature(configure_optimizers).parameters)[1:]
+    for name in settings:
+        if name not in choices:
+            raise ValueError(unknown("optimizer setting", name, choices))
     present = vars(module).get("configure_optimizers")
     ours = isinstance(present, partial) and present.func is configure_optimizers
     if ours or not is_overridden("configure_optimizers", module):

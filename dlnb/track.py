@@ -124,11 +124,12 @@ class RunRecord(BaseModel):
     def __str__(self) -> str:
         return "\n".join(f"{name:16} {value}" for name, value in self.summary().items())
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        "The summary as a table, for a notebook."
         from html import escape
 
         rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items())
-        return f"<table>{rows}</table>"
+        return {"text/plain": str(self), "text/html": f"<table>{rows}</table>"}
 
 # %% ../nbs/07_track.ipynb #7875ecd2
 STAGES = ("train_", "val_", "test_")
@@ -156,7 +157,8 @@ def plot_metrics(
     names = [name for name in metrics.columns if name not in ("epoch", "step")]
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name.partition("_")[2] if name.startswith(STAGES) else name, []).append(name)
+        title = name.partition("_")[2] if name.startswith(STAGES) else name.partition("/")[0]
+        groups.setdefault(title, []).append(name)
     figure, axes = pyplot.subplots(1, len(groups), figsize=(4.2 * len(groups), 3), layout="constrained", squeeze=False)
     for axis, (title, members) in zip(axes[0], groups.items()):
         for name in members:

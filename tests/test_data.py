@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,9 +113,9 @@ class Writer(BasePredictionWriter):
 
 pl.seed_everything(0)
 model, data = Model(), DataModule(Line, batch_size=8 // devices, num_workers=0)
-trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=build_strategy(strategy, accelerator="cpu"), max_epochs=2,
-                     callbacks=Writer("epoch"), logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                     enable_model_summary=False)
+trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy=build_strategy(strategy, accelerator="cpu"),
+                     max_epochs=2, callbacks=Writer("epoch"), logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(model, data)
 metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
 metrics |= trainer.test(model, data, verbose=False)[0]
@@ -129,9 +130,14 @@ def run_ranks(folder: Path, strategy: str, devices: int) -> list[dict]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run([sys.executable, script, strategy, str(devices), folder], env=environment, cwd=folder,
-                         capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout + run.stderr
+    process = subprocess.Popen([sys.executable, script, strategy, str(devices), folder], env=environment, cwd=folder,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a rank that hangs outlives the one that started it
+        raise
+    assert process.returncode == 0, output
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(devices)]
 
 

@@ -1,0 +1,126 @@
+"""Every strategy trains the same notebook on two real CPU ranks, leaves the same folder, and tells what it did."""
+import csv
+import json
+from collections import namedtuple
+
+import pytest
+from conftest import TRAIN
+from safetensors.torch import load_file
+
+from dlnb.config import RunConfig
+from dlnb.engine import launch
+from dlnb.trainer import build_model
+
+pytestmark = pytest.mark.timeout(300)
+
+OPTIMIZERS = {
+    "single_device": ("torch.optim.AdamW(fused=True)", 1, 0),
+    "ddp": ("torch.optim.AdamW", 2, 0),
+    "deepspeed_stage_1": ("torch.optim.AdamW", 2, 1),
+    "deepspeed_stage_2": ("torch.optim.AdamW", 2, 2),
+    "deepspeed_stage_3": ("torch.optim.AdamW", 2, 3),
+    "deepspeed_stage_2_offload": ("deepspeed DeepSpeedCPUAdam", 2, 2),
+    "deepspeed_stage_3_offload": ("deepspeed DeepSpeedCPUAdam", 2, 3),
+}
+SAME = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+Trained = namedtuple("Trained", "strategy notebook folder record config")
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    "Train a strategy once a session, through papermill."
+    root, runs = tmp_path_factory.mktemp("conformance"), {}
+
+    def train(strategy: str) -> Trained:
+        if strategy not in runs:
+            settings = dict(strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root))
+            settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
+            notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
+            record = json.loads((folder / "run.json").read_text())
+            runs[strategy] = Trained(strategy, notebook, folder, record, RunConfig(**record["settings"]))
+        return runs[strategy]
+
+    return train
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def trained(request, train):
+    return train(request.param)
+
+
+def test_the_run_is_recorded_with_what_was_resolved(trained):
+    optimizer, ranks, stage = OPTIMIZERS[trained.strategy]
+    resolved = trained.record["resolved"]
+    assert trained.record["status"] == "finished" and trained.record["epoch"] == 3
+    assert (resolved["optimizer"], resolved["world_size"], resolved["zero_stage"]) == (optimizer, ranks, stage)
+    assert [resolved[name] for name in ("parameter_dtype", "compute_dtype", "master_dtype")] == ["float32"] * 3
+    assert resolved["parameters"] == sum(parameter.numel() for parameter in build_model(trained.config).parameters())
+    assert {"torch", "lightning", "dlnb", "python"} <= set(trained.record["versions"])
+
+
+def test_the_folder_is_named_by_the_settings_and_holds_everything(trained):
+    assert trained.folder == trained.config.folder().resolve()
+    assert trained.folder.parts[-4:-1] == ("Digits-DigitsNet", "train", trained.strategy)
+    names = {path.name for path in trained.folder.iterdir()}
+    assert names == {"run.json", "checkpoints", "model.safetensors", "metrics.csv", "train.ipynb"}
+    assert {path.name for path in (trained.folder / "checkpoints").iterdir()} == {"epoch=2.ckpt", "last.ckpt"}
+
+
+def test_it_learns(trained):
+    assert trained.record["metrics"]["val_acc"] > 0.6
+    with (trained.folder / "metrics.csv").open() as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+
+
+def test_the_weights_load_into_a_fresh_model(trained):
+    model = build_model(trained.config)
+    model.load_state_dict(load_file(trained.folder / "model.safetensors"))
+
+
+def test_the_notebook_is_complete_and_clean(trained):
+    cells = [cell for cell in trained.notebook.cells if cell.cell_type == "code"]
+    assert {cell.metadata.papermill.status for cell in cells} == {"completed"}
+    streams = [output.text for cell in cells for output in cell.outputs if output.output_type == "stream"]
+    assert streams == [], "a wall of log"
+    kinds = [kind for cell in cells for output in cell.outputs for kind in output.get("data", {})]
+    assert "image/png" in kinds and "text/html" in kinds
+
+
+@pytest.mark.parametrize("strategy", SAME[1:])
+def test_with_one_optimizer_every_strategy_ends_with_the_same_bytes(train, strategy):
+    expected, weights = (load_file(train(name).folder / "model.safetensors") for name in ("ddp", strategy))
+    assert weights.keys() == expected.keys() and len(weights) > 5
+    for name, tensor in weights.items():
+        assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2_offload", "deepspeed_stage_3_offload"])
+def test_offloaded_training_is_the_same_within_rounding(train, strategy):
+    expected, weights = (load_file(train(name).folder / "model.safetensors") for name in ("ddp", strategy))
+    for name, tensor in weights.items():
+        assert tensor.sub(expected[name]).abs().max() < 1e-3, name
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(train):
+    trained = train("ddp")
+    before = (trained.folder / "run.json").read_bytes()
+    notebook, _ = launch(TRAIN, None, **{name: trained.record["settings"][name] for name in
+                         ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")})
+    assert "This run has finished" in str(notebook.cells)
+    assert (trained.folder / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_3"])
+def test_byte_gpt_learns_under_zero_3(tmp_path, strategy):
+    from dlnb.examples import PythonSource
+
+    arguments = dict(model="dlnb.examples:ByteGPT", data="dlnb.examples:PythonSource", strategy=strategy, devices=2)
+    size = dict(num_layers=2, num_heads=4, embed_dim=64, context_length=64)
+    _, folder = launch(
+        TRAIN, None, **arguments, model_args=size, data_args={"context_length": 64}, accelerator="cpu", root=str(tmp_path),
+        max_epochs=1, lr=3e-3, batch_size=32, trainer_args={"limit_train_batches": 120, "limit_val_batches": 10},
+    )
+    record = json.loads((folder / "run.json").read_text())
+    assert record["resolved"]["zero_stage"] == 3
+    assert record["metrics"]["val_bpb"] < 0.8 * PythonSource("val", context_length=64).byte_entropy()

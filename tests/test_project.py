@@ -1,0 +1,167 @@
+"""Notebooks and package in step: checks that cannot pass by accident."""
+import ast
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, TRAIN
+
+from dlnb.config import RunConfig
+from dlnb.engine import parameter_names
+
+CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted(path for path in (REPOSITORY / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MODULES = sorted(path for path in (REPOSITORY / "dlnb").glob("*.py") if path.stem not in ("__init__", "_modidx"))
+WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {name: value for name, value in os.environ.items() if name != "IN_TEST"}  # nbdev then exports nothing
+    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The project's files in another place."
+    folder = tmp_path_factory.mktemp("copy") / "dlnb"
+    leave = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", "runs", ".ipynb_checkpoints", "build")
+    shutil.copytree(REPOSITORY, folder, ignore=leave)
+    return folder
+
+
+def test_there_is_something_to_check():
+    assert len(CHAPTERS) >= 10 and len(MODULES) == len(CHAPTERS) and len(WORKFLOWS) >= 1
+
+
+def test_the_package_is_what_the_notebooks_export(copy):
+    for module in (copy / "dlnb").glob("*.py"):
+        module.unlink()
+    (copy / "dlnb" / "__init__.py").write_text("")
+    done = run("nbdev_export", cwd=copy)
+    assert done.returncode == 0, done.stderr
+    for module in sorted((REPOSITORY / "dlnb").glob("*.py")):
+        assert (copy / "dlnb" / module.name).read_bytes() == module.read_bytes(), f"{module.name} is not exported"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_every_module_names_a_notebook_that_exists(module):
+    named = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)\.", module.read_text())
+    assert named and (REPOSITORY / named[1]).is_file()
+    assert re.fullmatch(rf"\d\d_{module.stem}", (REPOSITORY / named[1]).stem)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_lower_numbered_ones(module):
+    numbers = {path.stem[3:]: int(path.stem[:2]) for path in CHAPTERS}
+    tree = ast.parse(module.read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert all(numbers[name] < numbers[module.stem] for name in imported), imported
+
+
+def test_every_package_that_is_imported_is_required():
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(REPOSITORY / "settings.ini")
+    lines = settings["DEFAULT"]["requirements"].split("\n")
+    required = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_").lower() for line in lines if line.strip()}
+    names = {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipykernel"} | dict.fromkeys(
+        ["traitlets", "jupyter_core", "nbformat"], "nbclient") | {"click": "papermill"}
+    imported = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+    foreign = {names.get(name, name) for name in imported - sys.stdlib_module_names - {"dlnb"}}
+    assert len(foreign) > 8 and foreign <= required, foreign - required
+
+
+def test_the_notebooks_are_clean(copy):
+    before = {path: path.read_bytes() for path in (copy / "nbs").rglob("*.ipynb")}
+    assert len(before) == len(NOTEBOOKS)
+    done = run("nbdev_clean", cwd=copy)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path, content in before.items() if path.read_bytes() != content] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_its_outputs_and_no_error(path):
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells if cell.source.strip()), "a cell has not run"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs and not [output for output in outputs if output.output_type == "error"]
+    assert all(len(output.get("text", "")) < 6000 for output in outputs), "a wall of log"
+    assert str(REPOSITORY) not in path.read_text()
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_opens_as_all_do(path):
+    cells = nbformat.read(path, 4).cells
+    module = path.stem[3:]
+    assert cells[0].source == f"#| default_exp {module}"
+    assert re.match(rf"# {module}\n\n> \S", cells[1].source)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_short_and_takes_every_setting(path):
+    notebook = nbformat.read(path, 4)
+    assert len(notebook.cells) <= 12
+    assert set(RunConfig.model_fields) <= set(parameter_names(notebook))
+
+
+def test_the_defaults_of_train_are_those_of_the_settings():
+    (cell,) = [cell for cell in nbformat.read(TRAIN, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    exec(cell.source, defaults := {})
+    chosen = {"model", "data", "max_epochs", "batch_size", "lr"}  # by the example
+    for name, field in RunConfig.model_fields.items():
+        assert name in chosen or defaults[name] == field.default, name
+
+
+@pytest.mark.parametrize("module, heavy", [("dlnb", ("torch", "lightning", "papermill")), ("dlnb.engine", ("torch", "lightning"))])
+def test_importing_is_light(module, heavy, tmp_path):
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("path", [*CHAPTERS, REPOSITORY / "nbs" / "index.ipynb"], ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+    from nbclient import NotebookClient
+
+    NotebookClient(nbformat.read(path, 4), timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path):
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(TRAIN, 4)
+    notebook.cells[1].source += "\nmax_epochs = 1"
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (record,) = tmp_path.rglob("run.json")
+    assert '"finished"' in record.read_text()
+
+
+def test_the_first_command_of_the_readme_gives_what_it_promises(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    (command,) = re.findall(r"^    pip install -e \. && (papermill .*)$", readme, flags=re.MULTILINE)
+    (tmp_path / "nbs").symlink_to(REPOSITORY / "nbs")
+    done = run("bash", "-c", command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "runs").rglob("run.json")
+    accuracy = float(re.search(r'"val_acc": ([\d.]+)', record.read_text())[1])
+    assert accuracy >= 0.97
+    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert {"image/png", "text/html"} <= kinds
+
+
+def test_the_readme_maps_every_notebook():
+    readme = (REPOSITORY / "README.md").read_text()
+    for path in NOTEBOOKS:
+        assert path.relative_to(REPOSITORY).as_posix() in readme, path
