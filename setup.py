@@ -1,4 +1,5 @@
 """Packaging, read from settings.ini: the dependencies and pins stand there once."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -124,7 +124,9 @@ def _dictionary(value: Any) -> Any:
         raise ValueError(f"{value!r} must be a dictionary, or its JSON or YAML text.")
     for name, item in value.items():
         if not isinstance(name, str) or not _is_json(item):
-            raise ValueError(f"{name}={item!r} must be of numbers, text, lists and dictionaries, so that run.json can hold it.")
+            raise ValueError(
+                f"{name}={item!r} must be of numbers, text, lists and dictionaries, so that run.json can hold it."
+            )
     return dict(value)
 
 
@@ -151,7 +153,9 @@ def _check_devices(value: Any) -> Any:
     else:
         valid = value == "auto" or (isinstance(value, int) and (value >= 1 or value == -1))
     if not valid:
-        raise ValueError(f"devices={value!r} must be a number from 1 on, -1 or 'auto' (all), or a list of device numbers.")
+        raise ValueError(
+            f"devices={value!r} must be a number from 1 on, -1 or 'auto' (all), or a list of device numbers."
+        )
     return value
 
 # %% ../nbs/04_config.ipynb #e943b1fa
@@ -169,8 +173,13 @@ def _count_devices(accelerator: str, devices: int | str | list[int]) -> int:
     if devices in ("auto", -1):
         return available.auto_device_count()
     count = len(devices) if isinstance(devices, list) else devices
-    if accelerator != "cpu" and max(devices if isinstance(devices, list) else [count - 1]) >= available.auto_device_count():
-        raise ValueError(f"devices={devices!r}, but this machine has {available.auto_device_count()} for {accelerator!r}.")
+    if (
+        accelerator != "cpu"
+        and max(devices if isinstance(devices, list) else [count - 1]) >= available.auto_device_count()
+    ):
+        raise ValueError(
+            f"devices={devices!r}, but this machine has {available.auto_device_count()} for {accelerator!r}."
+        )
     return count
 
 # %% ../nbs/04_config.ipynb #92e0715e
@@ -186,9 +195,14 @@ Words = Annotated[list[str], BeforeValidator(_words)]
 
 # %% ../nbs/04_config.ipynb #0049fc08
 class RunConfig(BaseModel):
-    "The settings of a run, shared by train, tune and infer. Raises `pydantic.ValidationError` (a `ValueError`), all faults at once."
+    """The settings of a run, shared by train, tune and infer.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True)
+    Raises `pydantic.ValidationError`, which is a `ValueError`, with all faults at once.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
 
     model: str  # a LightningModule: "package.module:Class" or "path/to/file.py:Class"
     data: str  # a LightningDataModule, or a dataset class that takes split=; a path as for model
@@ -327,7 +341,9 @@ class RunConfig(BaseModel):
         if strategy == "auto" and accelerator != "tpu":
             strategy = "ddp" if count * self.num_nodes > 1 else "single_device"
         if strategy == "single_device" and count * self.num_nodes > 1:
-            raise ValueError(f"strategy='single_device' runs on one device, not on {count * self.num_nodes}. Use 'ddp'.")
+            raise ValueError(
+                f"strategy='single_device' runs on one device, not on {count * self.num_nodes}. Use 'ddp'."
+            )
         devices = self.devices if isinstance(self.devices, list) else count
         return self.model_copy(update={"accelerator": accelerator, "devices": devices, "strategy": strategy})
 
@@ -340,7 +356,8 @@ class RunConfig(BaseModel):
     @cached_property
     def identity(self) -> dict[str, Any]:
         "What changes the training's result, as plain data: the same for two runs exactly when their hashes are."
-        settings = self.resolved.model_dump(exclude=UNHASHED)
+        kept = UNHASHED if self.resume in ("auto", "never") else UNHASHED - {"resume"}  # weights from elsewhere
+        settings = self.resolved.model_dump(exclude=kept)
         data_arguments = {name: value for name, value in self.data_arguments.items() if name != "num_workers"}
         return settings | {
             "model_args": self.model_arguments,
@@ -405,9 +422,13 @@ def _choices(field: str) -> list[str]:
 
 def _check_agreement(config: RunConfig) -> None:
     if config.strategy.startswith("deepspeed") and config.gradient_clip_algorithm == "value":
-        raise ValueError("gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'.")
+        raise ValueError(
+            "gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'."
+        )
     if config.max_epochs == -1 and config.max_steps == -1:
-        raise ValueError("max_epochs=-1 and max_steps=-1 would never end, and the learning rate's curve needs an end. Give one.")
+        raise ValueError(
+            "max_epochs=-1 and max_steps=-1 would never end, and the learning rate's curve needs an end. Give one."
+        )
     if config.monitor is None and config.patience is not None:
         raise ValueError(f"patience={config.patience} needs a metric: give monitor, or patience=None.")
     if config.monitor is None and config.save_top_k not in (-1, 0, 1):
@@ -424,7 +445,9 @@ def _check_classes(config: RunConfig) -> None:
             f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )
     if not config.has_data_module and "split" not in config.data_parameters:
-        raise ValueError(f"data={config.data!r} is neither a LightningDataModule nor a dataset class that takes split=.")
+        raise ValueError(
+            f"data={config.data!r} is neither a LightningDataModule nor a dataset class that takes split=."
+        )
 
 
 def _check_strategy_args(strategy: str, arguments: Mapping[str, Any]) -> None:

@@ -55,11 +55,12 @@ class EpochSampler(DistributedSampler):
             raise ValueError(
                 f"One optimizer step takes batch_size={batch_size} x {num_replicas} ranks x "
                 f"accumulate_grad_batches={accumulate_grad_batches} = {step_samples} samples, but the dataset has "
-                f"{len(dataset)}. Lower batch_size, accumulate_grad_batches or the number of devices.")
+                f"{len(dataset)}. Lower batch_size, accumulate_grad_batches or the number of devices."
+            )
 
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(len(self.dataset), self.seed, self.epoch)
-        return iter(order[self.rank:self.total_size:self.num_replicas].tolist())
+        return iter(order[self.rank : self.total_size : self.num_replicas].tolist())
 
 # %% ../nbs/01_data.ipynb #869142f7
 class EvaluationSampler(DistributedSampler):
@@ -89,10 +90,13 @@ def evaluation_batch_size(
     With m = num_samples // num_replicas, ceil(m / b) == ceil((m + 1) / b) exactly when b does not divide m.
     Raises `ValueError` where there are fewer samples than ranks."""
     if num_samples < num_replicas:
-        raise ValueError(f"{num_samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
-                         f"evaluate. Use at most {num_samples} devices, or a larger split.")
+        raise ValueError(
+            f"{num_samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
+            f"evaluate. Use at most {num_samples} devices, or a larger split."
+        )
     per_rank, remainder = divmod(num_samples, num_replicas)
-    if remainder == 0: return batch_size
+    if remainder == 0:
+        return batch_size
     smaller = (size for size in range(batch_size, 1, -1) if per_rank % size)
     larger = (size for size in range(batch_size + 1, per_rank + 2) if per_rank % size)
     return next(smaller, None) or next(larger)
@@ -100,13 +104,15 @@ def evaluation_batch_size(
 # %% ../nbs/01_data.ipynb #1e05950b
 def average_integers_exactly(strategy: Strategy) -> None:
     "Make `strategy.reduce` take the mean of an integer tensor in floating point; other reductions stay as they are."
-    if getattr(strategy.reduce, "is_exact", False): return
+    if getattr(strategy.reduce, "is_exact", False):
+        return
     reduce = strategy.reduce
 
     @wraps(reduce)
     def exact_reduce(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         is_mean = kwargs.get("reduce_op") in ("mean", "avg")
-        if is_mean and isinstance(tensor, torch.Tensor) and not tensor.is_floating_point(): tensor = tensor.float()
+        if is_mean and isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+            tensor = tensor.float()
         return reduce(tensor, *args, **kwargs)
 
     exact_reduce.is_exact = True
@@ -115,27 +121,33 @@ def average_integers_exactly(strategy: Strategy) -> None:
 # %% ../nbs/01_data.ipynb #8815adb6
 def suggested_num_workers(
     local_ranks: int = 1,  # ranks on this machine
+    compute_threads: int = 1,  # of a rank: 1 where a GPU computes, torch's number of threads on a CPU
 ) -> int:  # loading processes for each rank, 0 to 8
-    "The cores this process may use, shared among the machine's ranks, less one for the rank itself."
+    "The cores this process may use, shared among the machine's ranks, less what each rank needs itself."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // local_ranks - 1, 0), 8)
+    return min(max(cores // local_ranks - compute_threads, 0), 8)
 
 # %% ../nbs/01_data.ipynb #e764848e
 Split = Literal["train", "val", "test", "predict"]
+
 
 def _check_dataset(dataset: Callable, dataset_args: dict[str, Any]) -> None:
     "Raise `TypeError` unless `dataset(split=..., **dataset_args)` is a call that fits its signature."
     if not callable(dataset):
         raise TypeError(f"dataset must be a class or function that takes split=, but got {dataset!r}")
     parameters = inspect.signature(dataset).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()): return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
     name = getattr(dataset, "__qualname__", repr(dataset))
     if "split" not in parameters:
-        raise TypeError(f"{name}{inspect.signature(dataset)} takes no split. "
-                        "Give it a parameter split that receives 'train', 'val', 'test' or 'predict'.")
+        raise TypeError(
+            f"{name}{inspect.signature(dataset)} takes no split. "
+            "Give it a parameter split that receives 'train', 'val', 'test' or 'predict'."
+        )
     for argument in dataset_args.keys() - parameters.keys():
         raise TypeError(unknown(f"argument of {name}", argument, parameters.keys() - {"split"}))
     inspect.signature(dataset).bind(split="train", **dataset_args)
+
 
 def _check_integer(name: str, value: Any, least: int, alternative: str = "") -> None:
     "Raise `ValueError` unless `value` is an integer of at least `least`."
@@ -162,7 +174,8 @@ class DataModule(LightningDataModule):
         _check_dataset(dataset, dataset_args)
         _check_integer("batch_size", batch_size, 1)
         _check_integer("seed", seed, 0)
-        if num_workers != "auto": _check_integer("num_workers", num_workers, 0, alternative=" or 'auto'")
+        if num_workers != "auto":
+            _check_integer("num_workers", num_workers, 0, alternative=" or 'auto'")
         self.dataset_class, self.dataset_args = dataset, dataset_args
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self._datasets: dict[str, Dataset] = {}
@@ -172,26 +185,35 @@ class DataModule(LightningDataModule):
         if split not in self._datasets:
             dataset = self.dataset_class(split=split, **self.dataset_args)
             if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, m) for m in ("__len__", "__getitem__")):
-                raise TypeError(f"The dataset of split={split!r} is a {type(dataset).__name__}, not a map-style one. "
-                                "Give it __len__ and __getitem__: only then can ranks share it exactly.")
+                raise TypeError(
+                    f"The dataset of split={split!r} is a {type(dataset).__name__}, not a map-style one. "
+                    "Give it __len__ and __getitem__: only then can ranks share it exactly."
+                )
             self._datasets[split] = dataset
         return self._datasets[split]
 
     def setup(self, stage: str) -> None:
         "Called by Lightning on every rank before it builds the loaders."
-        if self._ranks()["num_replicas"] > 1: average_integers_exactly(self.trainer.strategy)
+        if self._ranks()["num_replicas"] > 1:
+            average_integers_exactly(self.trainer.strategy)
 
     def train_dataloader(self) -> DataLoader:
         "Shuffled by (seed, epoch), in whole optimizer steps."
         dataset = self.dataset("train")
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        sampler = EpochSampler(dataset, self.batch_size, **self._ranks(), seed=self.seed,
-                               accumulate_grad_batches=accumulate)
+        sampler = EpochSampler(
+            dataset, self.batch_size, **self._ranks(), seed=self.seed, accumulate_grad_batches=accumulate
+        )
         return self._loader(dataset, sampler, self.batch_size)
 
-    def val_dataloader(self) -> DataLoader: return self._evaluation_loader("val")
-    def test_dataloader(self) -> DataLoader: return self._evaluation_loader("test")
-    def predict_dataloader(self) -> DataLoader: return self._evaluation_loader("predict")
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         "Each sample once over all ranks, in equally many batches on each."
@@ -201,16 +223,25 @@ class DataModule(LightningDataModule):
 
     def _ranks(self) -> dict[str, int]:
         "Number of ranks and this rank, as the samplers name them."
-        if self.trainer is None: return dict(num_replicas=1, rank=0)
+        if self.trainer is None:
+            return dict(num_replicas=1, rank=0)
         return dict(num_replicas=self.trainer.world_size, rank=self.trainer.global_rank)
 
     def _loader(self, dataset: Dataset, sampler: DistributedSampler, batch_size: int) -> DataLoader:
         local_ranks = self.trainer.num_devices if self.trainer else 1
-        workers = suggested_num_workers(local_ranks) if self.num_workers == "auto" else self.num_workers
-        pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        threads = torch.get_num_threads() if device == "cpu" else 1
+        workers = suggested_num_workers(local_ranks, threads) if self.num_workers == "auto" else self.num_workers
         # A generator of its own: the loaders neither draw from the stream that dropout and initialization use,
         # nor do their workers' random augmentations repeat from rank to rank.
         generator = torch.Generator().manual_seed(self.seed + sampler.rank)
         # Lightning makes the predict loader anew and needs batch_size as a keyword for that.
-        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=workers, generator=generator,
-                          pin_memory=pin_memory, persistent_workers=workers > 0)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            generator=generator,
+            pin_memory=device == "cuda",
+            persistent_workers=workers > 0,
+        )

@@ -124,7 +124,9 @@ class DlnbEngine:
                 return nb
             every = min(autosave_cell_every, AUTOSAVE)
             manager_options = dict(progress_bar=progress_bar, log_output=log_output, autosave_cell_every=every)
-            client_options = dict(log_output=log_output, timeout=execution_timeout, startup_timeout=start_timeout, **kwargs)
+            client_options = dict(
+                log_output=log_output, timeout=execution_timeout, startup_timeout=start_timeout, **kwargs
+            )
             try:
                 _supervise(nb, kernel_name, folder, output_path, manager_options, client_options)
             finally:
@@ -179,7 +181,9 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
             end_group(process.pid)
     if process.returncode:
         failure = find_failure(folder)
-        raise RankError("\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])]))
+        raise RankError(
+            "\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])])
+        )
 
 # %% ../nbs/12_engine.ipynb #c5544690
 class Launched(NamedTuple):

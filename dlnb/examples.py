@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 # %% ../nbs/14_examples.ipynb #0d9b5ce5
 Split = Literal["train", "val", "test", "predict"]
 
+
 def _check_split(split: str) -> str:
     "Returns the split to read, which is test for predict. Raises `ValueError` for any other."
     if split not in ("train", "val", "test", "predict"):
@@ -41,15 +42,18 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
 
         digits, generator = load_digits(), np.random.default_rng(0)
-        start, stop = {"train": (0, .7), "val": (.7, .85), "test": (.85, 1)}[_check_split(split)]
+        start, stop = {"train": (0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1)}[_check_split(split)]
         shuffled = [generator.permutation(np.flatnonzero(digits.target == digit)) for digit in range(10)]
-        indices = np.sort(np.concatenate([of[round(start * len(of)):round(stop * len(of))] for of in shuffled]))
+        indices = np.sort(np.concatenate([of[round(start * len(of)) : round(stop * len(of))] for of in shuffled]))
         self.indices = indices  # in scikit-learn's order
         self.images = torch.tensor(digits.images[indices, None] / 16, dtype=torch.float32)  # a pixel is 0 to 16
         self.labels = torch.tensor(digits.target[indices], dtype=torch.int64)
 
-    def __len__(self) -> int: return len(self.labels)
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: return self.images[index], self.labels[index]
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
 
 # %% ../nbs/14_examples.ipynb #25cd18d2
 class DigitsNet(LightningModule):
@@ -69,7 +73,8 @@ class DigitsNet(LightningModule):
             # one group: the norm is over all channels, so that any width will do
             layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(1, width), nn.GELU()]
         self.layers = nn.Sequential(
-            *layers, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, num_classes))
+            *layers, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, num_classes)
+        )
 
     def forward(
         self,
@@ -86,9 +91,14 @@ class DigitsNet(LightningModule):
             self.log(f"{split}_acc", (logits.argmax(1) == labels).float().mean(), sync_dist=True, prog_bar=True)
         return loss
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor: return self._step(batch, "train")
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None: self._step(batch, "val")
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None: self._step(batch, "test")
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         "The probability of each class, (batch, num_classes)."
@@ -98,12 +108,14 @@ class DigitsNet(LightningModule):
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _WRITTEN_BY_THE_BUILD = "_sysconfigdata"  # paths and flags of the machine that built this Python
 
+
 def _split_of(
     path: str,  # relative to the library's folder, with forward slashes
 ) -> Split:  # nine in ten files are train, the others val and test by halves
     "The split that a file belongs to, by the hash of its path."
     share = int.from_bytes(sha256(path.encode()).digest()[:4], "big") / 2**32
-    return "train" if share < .9 else "val" if share < .95 else "test"
+    return "train" if share < 0.9 else "val" if share < 0.95 else "test"
+
 
 def _library_files(split: Split) -> Iterator[tuple[str, Path]]:
     "Relative path and place of each source file of a split, in an order that does not depend on the file system."
@@ -113,8 +125,10 @@ def _library_files(split: Split) -> Iterator[tuple[str, Path]]:
         for name in sorted(names):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
-            if not name.endswith(".py") or name.startswith(_WRITTEN_BY_THE_BUILD): continue
-            if _split_of(relative) == split: yield relative, path
+            if not name.endswith(".py") or name.startswith(_WRITTEN_BY_THE_BUILD):
+                continue
+            if _split_of(relative) == split:
+                yield relative, path
 
 # %% ../nbs/14_examples.ipynb #d2cba781
 class PythonSource(Dataset):
@@ -125,20 +139,25 @@ class PythonSource(Dataset):
         split: Split = "train",  # predict holds the test windows
         context_length: int = 128,  # bytes in an item
     ):
-        if context_length < 1: raise ValueError(f"context_length must be at least 1, but got {context_length=}")
+        if context_length < 1:
+            raise ValueError(f"context_length must be at least 1, but got {context_length=}")
         files = dict(_library_files(_check_split(split)))
         if not files:
-            raise FileNotFoundError(f"No .py file of this Python's library in {sysconfig.get_path('stdlib')}. "
-                                    "Use a Python that comes with its source, as python.org's or conda's do.")
+            raise FileNotFoundError(
+                f"No .py file of this Python's library in {sysconfig.get_path('stdlib')}. "
+                "Use a Python that comes with its source, as python.org's or conda's do."
+            )
         self.files, self.context_length = list(files), context_length
         text = b"".join(path.read_bytes() + b"\0" for path in files.values())
         self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8)  # writable, as torch wants it
 
-    def __len__(self) -> int: return (len(self.data) - 1) // self.context_length
+    def __len__(self) -> int:
+        return (len(self.data) - 1) // self.context_length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self): raise IndexError(f"index {index} is not within 0 and {len(self) - 1}")
-        window = self.data[index * self.context_length:(index + 1) * self.context_length + 1].long()
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is not within 0 and {len(self) - 1}")
+        window = self.data[index * self.context_length : (index + 1) * self.context_length + 1].long()
         return window[:-1], window[1:]
 
     def byte_entropy(self) -> float:
@@ -169,7 +188,7 @@ class TransformerBlock(nn.Module):
         batch, length, embed_dim = stream.shape
         heads = self.query_key_value(stream).view(batch, length, 3, self.num_heads, embed_dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, embed_dim / heads)
-        dropout = self.dropout if self.training else 0.
+        dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return self.attention_output(attended.transpose(1, 2).reshape(batch, length, embed_dim))
 
@@ -191,7 +210,7 @@ class ByteGPT(LightningModule):
         num_heads: int = 4,
         embed_dim: int = 128,  # a multiple of num_heads
         context_length: int = 128,  # most bytes that it can look at
-        dropout: float = 0.,
+        dropout: float = 0.0,
     ):
         "Raises `ValueError` unless num_heads divides embed_dim."
         super().__init__()
@@ -208,9 +227,12 @@ class ByteGPT(LightningModule):
 
     def _initialize(self, num_layers: int) -> None:
         for name, parameter in self.named_parameters():
-            if name.endswith("_output.weight"): nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * num_layers))
-            elif parameter.ndim == 2: nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"): nn.init.zeros_(parameter)
+            if name.endswith("_output.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * num_layers))
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -218,10 +240,13 @@ class ByteGPT(LightningModule):
     ) -> Tensor:  # (batch, length, 256), logits of the byte that follows each place
         "Raises `ValueError` where the input is longer than context_length."
         if inputs.shape[1] > self.hparams.context_length:
-            raise ValueError(f"The input has {inputs.shape[1]} bytes, context_length={self.hparams.context_length}. "
-                             "Give the model and the dataset the same context_length.")
+            raise ValueError(
+                f"The input has {inputs.shape[1]} bytes, context_length={self.hparams.context_length}. "
+                "Give the model and the dataset the same context_length."
+            )
         stream = self.embedding(inputs) + self.position(torch.arange(inputs.shape[1], device=inputs.device))
-        for block in self.blocks: stream = block(stream)
+        for block in self.blocks:
+            stream = block(stream)
         return self.head(self.norm(stream))
 
     def _losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -238,8 +263,11 @@ class ByteGPT(LightningModule):
         loss = self._losses(batch).mean()
         self.log_dict({f"{split}_loss": loss, f"{split}_bpb": loss / math.log(2)}, sync_dist=True, prog_bar=True)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None: self._evaluate(batch, "val")
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None: self._evaluate(batch, "test")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         "Bits per byte of each window, (batch,): which source surprises the model."
@@ -250,18 +278,20 @@ class ByteGPT(LightningModule):
         self,
         prompt: bytes,  # at least one byte
         num_bytes: int,  # how many to add
-        temperature: float = 1.,  # above 0; below 1 prefers what is likely
+        temperature: float = 1.0,  # above 0; below 1 prefers what is likely
         seed: int = 0,  # the same seed gives the same text
     ) -> bytes:  # num_bytes bytes, without the prompt
         "Sample a continuation of `prompt`, a byte at a time."
-        if not prompt: raise ValueError("prompt must hold at least one byte; a zero byte starts a new file: b'\\0'")
-        if temperature <= 0: raise ValueError(f"temperature must be above 0, but got temperature={temperature}")
+        if not prompt:
+            raise ValueError("prompt must hold at least one byte; a zero byte starts a new file: b'\\0'")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, but got temperature={temperature}")
         training, generator = self.training, torch.Generator().manual_seed(seed)
         self.eval()
         text = list(prompt)
         for _ in range(num_bytes):
-            context = torch.tensor([text[-self.hparams.context_length:]], device=self.device)
+            context = torch.tensor([text[-self.hparams.context_length :]], device=self.device)
             probabilities = (self(context)[0, -1].float() / temperature).softmax(0).cpu()
             text.append(torch.multinomial(probabilities, 1, generator=generator).item())
         self.train(training)
-        return bytes(text[len(prompt):])
+        return bytes(text[len(prompt) :])

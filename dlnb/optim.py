@@ -97,7 +97,10 @@ def parameter_groups(
             (spared if spare else decayed).append(parameter)
     if not decayed and not spared:
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to optimize")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": spared, "weight_decay": 0.0, "name": "spared"},
+    ]
     return [group for group in groups if group["params"]]
 
 # %% ../nbs/02_optim.ipynb #b53fc357
@@ -159,6 +162,8 @@ def _missing_tools(optimizer: str, device: str) -> list[str]:
 def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
     "Waits for the process that compiles in `folder`; breaks the lock of a killed one, for which torch waits forever."
     lock = folder / "lock"
+    if lock.exists():
+        rank_zero_info(f"Waiting for a process that compiles in {folder}, until nothing changes for {patience:.0f} s.")
     while lock.exists():
         if time.time() - max(path.stat().st_mtime for path in (folder, lock)) > patience:
             rank_zero_warn(f"{lock} was left by a process that no longer runs; removed")
@@ -299,12 +304,12 @@ def configure_optimizers(
         raise ValueError(f"eta_min_ratio={eta_min_ratio!r} must be in [0, 1]")
     strategy, accelerator = module.trainer.strategy, module.trainer.accelerator
     if isinstance(strategy, FSDPStrategy):
-        raise ValueError("FSDP's flat shards do not tell matrices from vectors; the module has to configure_optimizers")
+        raise ValueError("FSDP's flat shards do not tell what decays; define configure_optimizers in the module")
     built = build_optimizer(module, strategy, accelerator, lr, weight_decay, optimizer, betas, eps)
     total = _total_steps(module)
     warmup = round(warmup_ratio * total)
     curve = partial(warmup_cosine, total_steps=total, warmup_steps=warmup, eta_min_ratio=eta_min_ratio)
-    schedule = {"scheduler": LambdaLR(built, curve), "interval": "step", "frequency": 1}
+    schedule = {"scheduler": LambdaLR(built, curve), "interval": "step", "frequency": 1, "name": "lr"}
     return {"optimizer": built, "lr_scheduler": schedule}
 
 # %% ../nbs/02_optim.ipynb #87cace0d

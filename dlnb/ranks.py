@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOB', 'LINGER', 'SCRIPT', 'external_rank', 'is_first', 'job_environment', 'Rank', 'read_ranks', 'job_folder',
-           'leave_interactive', 'run_rank', 'describe_exit', 'find_failure', 'LogFollower', 'guard', 'group_members',
-           'signal_group', 'end_group']
+           'leave_interactive', 'run_rank', 'describe_exit', 'find_failure', 'is_starting', 'LogFollower', 'guard',
+           'group_members', 'signal_group', 'end_group']
 
 # %% ../nbs/10_ranks.ipynb #e3bcb3e6
 import json
@@ -231,6 +231,22 @@ def find_failure(
     return min((rank for rank in ranks if rank.status == "failed"), key=lambda rank: rank.time, default=None)
 
 # %% ../nbs/10_ranks.ipynb #cc161592
+def is_starting(
+    folder: Path,  # the job folder
+    kernel: int,  # the kernel's process id
+) -> bool:
+    "Whether the kernel has started a rank that has not written its record yet."
+    import psutil
+
+    known = {rank.pid for rank in read_ranks(folder)}
+    try:
+        children = psutil.Process(kernel).children()
+        new = [child for child in children if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE]
+        return any(str(folder / "rank.py") in child.cmdline() for child in new)
+    except psutil.NoSuchProcess:
+        return False
+
+# %% ../nbs/10_ranks.ipynb #0bf762fe
 class LogFollower:
     "Reads the new lines of the ranks' logs."
 
@@ -260,7 +276,7 @@ class LogFollower:
         lines = whole.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
         return "".join(f"[rank {rank}] {line.rpartition(chr(13))[2]}\n" for line in lines if line.strip())
 
-# %% ../nbs/10_ranks.ipynb #92b07299
+# %% ../nbs/10_ranks.ipynb #cd3f7644
 @contextmanager
 def guard(
     group: int,  # a process group's id

@@ -24,7 +24,17 @@ from papermill.engines import NotebookExecutionManager
 from papermill.iorw import LocalHandler, papermill_io, write_ipynb
 from traitlets.config import Config
 
-from .ranks import LogFollower, Rank, describe_exit, end_group, find_failure, guard, read_ranks, signal_group
+from dlnb.ranks import (
+    LogFollower,
+    Rank,
+    describe_exit,
+    end_group,
+    find_failure,
+    guard,
+    is_starting,
+    read_ranks,
+    signal_group,
+)
 
 # %% ../nbs/11_supervisor.ipynb #71f3612c
 def overwrite(
@@ -62,10 +72,14 @@ def keep_shown_widgets(
     "Clear a notebook of widgets that are closed."
     shown: list[str] = []
     for cell in notebook.cells:
-        views = {id(output): output.get("data", {}).get(WIDGET, {}).get("model_id") for output in cell.get("outputs", [])}
+        views = {
+            id(output): output.get("data", {}).get(WIDGET, {}).get("model_id") for output in cell.get("outputs", [])
+        }
         shown += [model for model in views.values() if model in state]
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if views[id(output)] is None or views[id(output)] in state]
+            cell.outputs = [
+                output for output in cell.outputs if views[id(output)] is None or views[id(output)] in state
+            ]
     kept: dict[str, dict] = {}
     while shown:
         model = shown.pop()
@@ -117,7 +131,9 @@ def write_failure(
     failed = failure.cell if failure.rank else index
     outputs = manager.nb.cells[failed].outputs
     traceback = [f"Rank {failure.rank} failed here.", *(failure.traceback or [f"{failure.ename}: {failure.evalue}"])]
-    error = new_output("error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback)
+    error = new_output(
+        "error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback
+    )
     outputs.insert(next((i for i, output in enumerate(outputs) if output.output_type == "error"), len(outputs)), error)
     manager.fail(min(failed, index))
 
@@ -134,7 +150,9 @@ class KernelClient(PapermillNotebookClient):
         folder: Path,  # the job folder
         **kwargs,  # for papermill's client
     ):
-        super().__init__(nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs)
+        super().__init__(
+            nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs
+        )
         self.folder = folder
 
     def leave_interactive(self) -> None:
@@ -142,7 +160,9 @@ class KernelClient(PapermillNotebookClient):
         reply = self.wait_for_reply(self.kc.execute(PROLOGUE.format(script=str(self.folder / "rank.py")), silent=True))
         if reply["content"]["status"] == "error":
             reason = f"{reply['content']['ename']}: {reply['content']['evalue']}"
-            raise RuntimeError(f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs.")
+            raise RuntimeError(
+                f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs."
+            )
 
     def output(self, outs, msg, display_id, cell_index):
         "Add an output, a stream's text to the stream."
@@ -245,12 +265,15 @@ class RankClient(KernelClient):
         "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."
         index = len(self.nb.cells) - 1
         deadline = time.monotonic() + JOIN_GRACE
-        while late := [rank for rank in read_ranks(self.folder) if rank.status != "finished"]:
+        while (late := [rank for rank in read_ranks(self.folder) if rank.status != "finished"]) or is_starting(
+            self.folder, self.group
+        ):
             if self.is_over(index):
                 raise DeadKernelError("a rank failed after rank 0 had finished")
             if time.monotonic() > deadline:
-                late[0].ename, late[0].evalue = "RankHangs", f"still running {JOIN_GRACE:.0f} s after rank 0 had finished"
-                self.failure = late[0]
+                self.failure = late[0] if late else Rank(1, 0, cell=index)
+                self.failure.ename, self.failure.time = "RankHangs", time.time()
+                self.failure.evalue = f"still running {JOIN_GRACE:.0f} s after rank 0 had finished"
                 raise DeadKernelError("a rank hangs")
             time.sleep(INTERVAL / 10)
         self.is_over(index, last=True)
@@ -262,7 +285,9 @@ class RankClient(KernelClient):
         self.is_over(index, last=True)
         code = self.km.provisioner.process.poll()
         if self.stopped:
-            self.failure = Rank(0, self.group, ename="Stopped", evalue=f"{signal.Signals(self.stopped).name} ended all ranks")
+            self.failure = Rank(
+                0, self.group, ename="Stopped", evalue=f"{signal.Signals(self.stopped).name} ended all ranks"
+            )
         elif code is not None and not (self.failure and self.failure.time < ended):
             self.failure = Rank(0, self.group, ename="RankDied", evalue=f"the kernel {describe_exit(code)}")
         elif self.failure is None or (isinstance(error, CellExecutionError) and self.failure.time > ended):

@@ -115,10 +115,16 @@ class RunRecord(BaseModel):
         "The few lines that a reader wants first."
         resolved = self.resolved
         rows = {"status": self.status if not self.error else f"{self.status}: {self.error}", "folder": str(self.folder)}
-        rows |= {name: str(resolved[name]) for name in ("strategy", "optimizer", "world_size", "parameters") if name in resolved}
+        rows |= {
+            name: str(resolved[name])
+            for name in ("strategy", "optimizer", "world_size", "parameters")
+            if name in resolved
+        }
         rows["trained"] = f"{self.epoch} epochs, {self.step} steps"
         rows |= {name: f"{value:.4g}" for name, value in sorted(self.metrics.items())}
-        rows["best checkpoint"] = f"{self.best_checkpoint} ({self.best_score:.4g})" if self.best_score is not None else "-"
+        rows["best checkpoint"] = (
+            f"{self.best_checkpoint} ({self.best_score:.4g})" if self.best_score is not None else "-"
+        )
         return rows
 
     def __str__(self) -> str:
@@ -128,7 +134,9 @@ class RunRecord(BaseModel):
         "The summary as a table, for a notebook."
         from html import escape
 
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items())
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items()
+        )
         return {"text/plain": str(self), "text/html": f"<table>{rows}</table>"}
 
 # %% ../nbs/07_track.ipynb #7875ecd2

@@ -1,4 +1,5 @@
 """What the tests share: small notebooks, papermill in its own process, and a look at what it leaves running."""
+
 import os
 import re
 import subprocess
@@ -99,14 +100,20 @@ class Papermill:
     def leftover(self, within: float = 15) -> list[str]:
         "The processes that still run `within` seconds from now: the command lines."
         deadline = time.monotonic() + within
-        while (alive := [process for process in self.family.values() if is_running(process)]) and time.monotonic() < deadline:
+        while (
+            alive := [process for process in self.family.values() if is_running(process)]
+        ) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [" ".join(process.cmdline()) for process in alive]
 
     def end(self) -> None:
         "Kill what this test has started."
         self.look()
-        for process in (psutil.Process(self.process.pid), *self.family.values()) if self.process.poll() is None else self.family.values():
+        for process in (
+            (psutil.Process(self.process.pid), *self.family.values())
+            if self.process.poll() is None
+            else self.family.values()
+        ):
             if is_running(process):
                 process.kill()
         self.process.wait()

@@ -1,4 +1,5 @@
 """Wrong settings: each is refused with the sentence that its user needs, before anything is written."""
+
 import json
 import os
 
@@ -57,7 +58,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("settings, told", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "settings, told", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
 def test_a_wrong_setting_is_refused_and_nothing_is_written(settings, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:
@@ -86,7 +89,9 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")])
+@pytest.mark.parametrize(
+    "settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")]
+)
 def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, papermill, tmp_path):
     job = papermill(TRAIN, root=tmp_path / "runs", **settings)
     assert job.wait() == 1

@@ -1,4 +1,5 @@
 """Every strategy trains the same notebook on two real CPU ranks, leaves the same folder, and tells what it did."""
+
 import csv
 import json
 from collections import namedtuple
@@ -33,7 +34,9 @@ def train(tmp_path_factory):
 
     def train(strategy: str) -> Trained:
         if strategy not in runs:
-            settings = dict(strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root))
+            settings = dict(
+                strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
+            )
             settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
             notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
             record = json.loads((folder / "run.json").read_text())
@@ -105,8 +108,14 @@ def test_offloaded_training_is_the_same_within_rounding(train, strategy):
 def test_a_finished_run_is_shown_and_not_trained_again(train):
     trained = train("ddp")
     before = (trained.folder / "run.json").read_bytes()
-    notebook, _ = launch(TRAIN, None, **{name: trained.record["settings"][name] for name in
-                         ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")})
+    notebook, _ = launch(
+        TRAIN,
+        None,
+        **{
+            name: trained.record["settings"][name]
+            for name in ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")
+        },
+    )
     assert "This run has finished" in str(notebook.cells)
     assert (trained.folder / "run.json").read_bytes() == before
 
@@ -118,9 +127,78 @@ def test_byte_gpt_learns_under_zero_3(tmp_path, strategy):
     arguments = dict(model="dlnb.examples:ByteGPT", data="dlnb.examples:PythonSource", strategy=strategy, devices=2)
     size = dict(num_layers=2, num_heads=4, embed_dim=64, context_length=64)
     _, folder = launch(
-        TRAIN, None, **arguments, model_args=size, data_args={"context_length": 64}, accelerator="cpu", root=str(tmp_path),
-        max_epochs=1, lr=3e-3, batch_size=32, trainer_args={"limit_train_batches": 120, "limit_val_batches": 10},
+        TRAIN,
+        None,
+        **arguments,
+        model_args=size,
+        data_args={"context_length": 64},
+        accelerator="cpu",
+        root=str(tmp_path),
+        max_epochs=1,
+        lr=3e-3,
+        batch_size=32,
+        trainer_args={"limit_train_batches": 120, "limit_val_batches": 10},
     )
     record = json.loads((folder / "run.json").read_text())
     assert record["resolved"]["zero_stage"] == 3
     assert record["metrics"]["val_bpb"] < 0.8 * PythonSource("val", context_length=64).byte_entropy()
+
+
+def start_training(papermill, root, **settings):
+    "A training on two ranks that would go on for a long time."
+    shared = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2000, root=root, log_every_n_steps=1)
+    job = papermill(TRAIN, **shared | settings)
+    while not list(root.rglob("last.ckpt")):
+        job.look()
+        assert job.process.poll() is None, job.log.read_text()[-2000:]
+    job.look()
+    return job
+
+
+def test_sigterm_stops_a_training_and_its_record_says_so(papermill, tmp_path):
+    job = start_training(papermill, tmp_path / "runs")
+    job.process.terminate()
+    assert job.wait() == 143
+    assert job.leftover() == []
+    (path,) = (tmp_path / "runs").rglob("run.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "stopped" and record["step"] > 0
+    assert (path.parent / "train.ipynb").is_file()
+
+
+def test_a_killed_training_goes_on_with_the_same_command(papermill, tmp_path):
+    job = start_training(papermill, tmp_path / "runs")
+    job.process.kill()
+    job.wait()
+    assert job.leftover() == []
+    (path,) = (tmp_path / "runs").rglob("run.json")
+    killed = json.loads(path.read_text())
+    assert killed["status"] == "running"
+    again = papermill(
+        TRAIN, accelerator="cpu", devices=2, strategy="ddp", max_epochs=killed["epoch"] + 3, root=tmp_path / "runs"
+    )
+    assert again.wait() == 0, again.log.read_text()[-2000:]
+    (path,) = (tmp_path / "runs").rglob("run.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["attempts"], record["epoch"]) == ("finished", 2, killed["epoch"] + 3)
+    with (path.parent / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert len(steps) == len(set(steps)) == record["epoch"]
+
+
+def test_two_trainings_do_not_write_into_one_folder(papermill, tmp_path):
+    job = start_training(papermill, tmp_path / "runs")
+    other = papermill(TRAIN, accelerator="cpu", devices=2, strategy="ddp", root=tmp_path / "runs")
+    assert other.wait() == 1
+    assert "is being trained by process" in other.log.read_text()
+    assert job.process.poll() is None
+
+
+def test_two_ranks_are_one_run_of_wandb(tmp_path):
+    _, folder = launch(
+        TRAIN, None, accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, root=str(tmp_path), wandb="offline"
+    )
+    record = json.loads((folder / "run.json").read_text())
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    assert run.name.endswith(record["wandb"]["id"])
+    assert record["wandb"]["project"] == "Digits-DigitsNet-train"

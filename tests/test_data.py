@@ -39,10 +39,10 @@ def test_a_step_holds_the_same_samples_for_any_number_of_ranks(length, epoch):
     def steps(ranks, batch, accumulate):
         parts = shares(length, ranks, batch, accumulate, epoch)
         width = batch * accumulate
-        return [sorted(sum((part[i:i + width] for part in parts), [])) for i in range(0, len(parts[0]), width)]
+        return [sorted(sum((part[i : i + width] for part in parts), [])) for i in range(0, len(parts[0]), width)]
 
     order = epoch_order(length, 3, epoch).tolist()
-    expected = [sorted(order[i:i + 24]) for i in range(0, length // 24 * 24, 24)]
+    expected = [sorted(order[i : i + 24]) for i in range(0, length // 24 * 24, 24)]
     for ranks, batch, accumulate in [(1, 24, 1), (2, 12, 1), (1, 8, 3), (3, 4, 2), (8, 3, 1), (4, 1, 6)]:
         assert steps(ranks, batch, accumulate) == expected
 
@@ -63,8 +63,10 @@ def test_evaluation_sees_each_sample_once_in_equally_many_batches(length, ranks,
 
 
 def test_loaders_in_worker_processes_give_the_same_batches():
-    batches = [[batch.tolist() for batch in DataModule(_numbers, batch_size=4, num_workers=workers).train_dataloader()]
-               for workers in (0, 2)]
+    batches = [
+        [batch.tolist() for batch in DataModule(_numbers, batch_size=4, num_workers=workers).train_dataloader()]
+        for workers in (0, 2)
+    ]
     assert batches[0] == batches[1]
 
 
@@ -130,8 +132,15 @@ def run_ranks(folder: Path, strategy: str, devices: int) -> list[dict]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, script, strategy, str(devices), folder], env=environment, cwd=folder,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, script, strategy, str(devices), folder],
+        env=environment,
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
@@ -155,8 +164,10 @@ def test_two_ranks_train_and_measure_as_one_where_two_do_not_divide_the_splits(t
         assert record["metrics"] == pytest.approx(one_rank["metrics"], rel=1e-5)
         assert record["metrics"]["val_one"] == record["metrics"]["test_one"] == 1
         assert record["metrics"]["val_mean"] == pytest.approx(16) and record["metrics"]["test_mean"] == pytest.approx(9)
-    together = [[epoch, sorted(first + second)]
-                for (epoch, first), (_, second) in zip(*(record["seen"] for record in two_ranks))]
+    together = [
+        [epoch, sorted(first + second)]
+        for (epoch, first), (_, second) in zip(*(record["seen"] for record in two_ranks))
+    ]
     assert together == [[epoch, sorted(batch)] for epoch, batch in one_rank["seen"]]
     predictions = [batch for record in two_ranks for batch in record["predicted"]["values"]]
     assert sorted(sum(predictions, [])) == list(range(19))

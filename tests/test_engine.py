@@ -1,4 +1,5 @@
 """The engine on broken notebooks: whatever fails, the notebook tells it, papermill ends, and nothing is left running."""
+
 import os
 import signal
 import time
@@ -11,23 +12,32 @@ from dlnb.engine import launch
 
 pytestmark = pytest.mark.timeout(240)
 
-# One rank a process through Lightning's launcher, without Lightning's Trainer around it: quick to start.
-RANKS = """
+# One rank a process through Lightning's launcher, joined in a process group: the real thing, 15 seconds on two cores.
+FABRIC = """
 import os, signal, sys, time, torch
 from lightning.fabric import Fabric
 fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp")
 fabric.launch()
 rank = fabric.global_rank
+meet = torch.distributed.barrier
 """
-WAIT = "torch.distributed.barrier()"
+# Started as Lightning starts them, without torch: for failures that have nothing to do with the process group.
+RANKS = """
+import os, signal, subprocess, sys, time
+rank = int(os.environ.get("LOCAL_RANK", 0))
+if rank == 0:
+    for other in range(1, devices):
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
+meet = lambda: time.sleep(600)
+"""
 
 
 @pytest.fixture
 def run(papermill, tmp_path):
     "Run cells on two ranks; the process, ended."
 
-    def run(*cells: str, devices: int = 2):
-        path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, *cells, "print('never reached')")
+    def run(*cells: str, devices: int = 2, start: str = RANKS):
+        path = write_notebook(tmp_path / "in.ipynb", "devices = 1", start, *cells, "print('never reached')")
         job = papermill(path, devices=devices)
         job.wait()
         return job
@@ -50,14 +60,15 @@ def assert_failed(job, cell: int, *told: str) -> None:
     assert job.leftover(within=15) == []
 
 
-def test_a_rank_that_raises_is_shown_with_its_traceback(run):
-    job = run(f"if rank == 1:\n    raise ValueError('only on rank one')\n{WAIT}")
+@pytest.mark.parametrize("start", [FABRIC, RANKS], ids=["lightning", "plain"])
+def test_a_rank_that_raises_is_shown_with_its_traceback(run, start):
+    job = run("if rank == 1:\n    raise ValueError('only on rank one')\nmeet()", start=start)
     # The parameters that papermill injects are a cell of their own: 0 parameters, 1 injected, 2 ranks, 3 this one.
     assert_failed(job, 3, "[rank 1] only on rank one", "raise ValueError")
 
 
 def test_rank_zero_raising_is_shown_with_its_traceback(run):
-    assert_failed(run(f"if rank == 0:\n    raise ValueError('only on rank zero')\n{WAIT}"), 3, "only on rank zero")
+    assert_failed(run("if rank == 0:\n    raise ValueError('only on rank zero')\nmeet()"), 3, "only on rank zero")
 
 
 def test_all_ranks_raising_is_one_failure(run):
@@ -65,7 +76,7 @@ def test_all_ranks_raising_is_one_failure(run):
 
 
 def test_an_error_in_an_earlier_cell_than_rank_zero_is_in_stays_in_that_cell(run):
-    job = run("if rank == 1:\n    time.sleep(1)\n    raise ValueError('late')", WAIT)
+    job = run("if rank == 1:\n    time.sleep(1)\n    raise ValueError('late')", "meet()")
     assert_failed(job, 3, "[rank 1] late")
 
 
@@ -76,14 +87,18 @@ def test_an_error_after_rank_zero_has_finished_fails_the_notebook(papermill, tmp
     assert_failed(job, 3, "[rank 1] at the very end")
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSEGV", "SIGTERM"])
-def test_a_killed_rank_is_told_by_its_signal(run, number):
-    job = run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\n{WAIT}")
+@pytest.mark.parametrize(
+    "number, start", [("SIGKILL", FABRIC), ("SIGKILL", RANKS), ("SIGSEGV", RANKS), ("SIGTERM", RANKS)]
+)
+def test_a_killed_rank_is_told_by_its_signal(run, number, start):
+    job = run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\nmeet()", start=start)
     assert_failed(job, 3, "[rank 1]", number)
 
 
-def test_a_killed_kernel_is_told_by_its_signal(run):
-    assert_failed(run(f"if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\n{WAIT}"), 3, "kernel", "SIGKILL")
+@pytest.mark.parametrize("start", [FABRIC, RANKS], ids=["lightning", "plain"])
+def test_a_killed_kernel_is_told_by_its_signal(run, start):
+    job = run("if rank == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\nmeet()", start=start)
+    assert_failed(job, 3, "kernel", "SIGKILL")
 
 
 def test_a_rank_that_runs_out_of_memory_is_told(run):
@@ -91,20 +106,21 @@ def test_a_rank_that_runs_out_of_memory_is_told(run):
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     bytearray(2**34)
-torch.distributed.barrier()"""
+meet()"""
     assert_failed(run(hog), 3, "[rank 1]", "MemoryError")
 
 
 def test_a_rank_that_leaves_ends_the_others(run):
-    assert_failed(run(f"if rank == 1:\n    os._exit(3)\n{WAIT}"), 3, "[rank 1]", "exited with code 3")
+    assert_failed(run("if rank == 1:\n    os._exit(3)\nmeet()"), 3, "[rank 1]", "exited with code 3")
 
 
 def test_three_ranks_of_which_the_last_fails(run):
-    assert_failed(run(f"if rank == 2:\n    raise ValueError('third')\n{WAIT}", devices=3), 3, "[rank 2] third")
+    job = run("if rank == 2:\n    raise ValueError('third')\nmeet()", devices=3)
+    assert_failed(job, 3, "[rank 2] third")
 
 
 def test_failure_is_known_within_15_seconds(run):
-    job = run(f"print('at', time.time())\n{WAIT}\nif rank == 1:\n    raise ValueError('now')\n{WAIT}")
+    job = run("print('at', time.time())\nif rank == 1:\n    raise ValueError('now')\nmeet()")
     told = float(job.printed().split("at ")[1].split()[0])
     assert os.path.getmtime(job.out) - told < 15
 
@@ -113,7 +129,9 @@ def test_failure_is_known_within_15_seconds(run):
 def sleeping(papermill, tmp_path):
     "A notebook of two ranks that sleep, with a process of their own each."
     sleep = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nprint('asleep', rank, flush=True)\ntime.sleep(600)"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2)
+    job = papermill(
+        write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2
+    )
     job.wait_for_output("asleep 0")
     job.wait_for_output("[rank 1] asleep 1")
     return job
@@ -218,7 +236,11 @@ def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
 
 def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_path):
     launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29517")
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)"), launcher=launcher, devices=2)
+    job = papermill(
+        write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, "print('rank', rank)"),
+        launcher=launcher,
+        devices=2,
+    )
     assert job.wait() == 0, job.log.read_text()[-3000:]
     assert "rank 0" in job.printed() and "[rank 1] rank 1" in job.printed()
     assert job.statuses() == ["completed"] * 4
@@ -227,8 +249,10 @@ def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_pa
 
 def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
     launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29518")
-    fail = f"if rank == 1:\n    raise ValueError('under torchrun')\n{WAIT}"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, fail, "pass"), launcher=launcher, devices=2)
+    fail = "if rank == 1:\n    raise ValueError('under torchrun')\nmeet()"
+    job = papermill(
+        write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, fail, "pass"), launcher=launcher, devices=2
+    )
     assert job.wait() != 0
     assert "under torchrun" in str(job.errors())
     assert job.statuses()[3:] == ["failed", "pending"]
@@ -236,7 +260,7 @@ def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
 
 
 def test_launch_returns_the_executed_notebook(tmp_path):
-    path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)")
+    path = write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, "print('rank', rank)")
     executed, folder = launch(path, tmp_path / "out.ipynb", devices=2)
     text = "".join(output.text for output in executed.cells[-1].outputs)
     assert "rank 0" in text and "[rank 1] rank 1" in text

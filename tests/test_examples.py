@@ -54,8 +54,10 @@ def test_a_files_split_depends_on_its_path_alone(source):
 
 
 def test_source_is_the_same_in_another_process(source):
-    code = ("from hashlib import sha256; from dlnb.examples import PythonSource;"
-            "print(sha256(PythonSource('val').data.numpy().tobytes()).hexdigest())")
+    code = (
+        "from hashlib import sha256; from dlnb.examples import PythonSource;"
+        "print(sha256(PythonSource('val').data.numpy().tobytes()).hexdigest())"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == sha256(source["val"].data.numpy().tobytes()).hexdigest()
 
@@ -64,7 +66,7 @@ def test_items_are_neighbouring_windows_of_the_text(source):
     dataset = source["val"]
     inputs = torch.cat([dataset[index][0] for index in range(50)])
     targets = torch.cat([dataset[index][1] for index in range(50)])
-    text = dataset.data[:50 * 128 + 1].long()
+    text = dataset.data[: 50 * 128 + 1].long()
     assert torch.equal(inputs, text[:-1]) and torch.equal(targets, text[1:])
     assert dataset[len(dataset) - 1][1].shape == (128,)
     with pytest.raises(IndexError):
@@ -89,11 +91,19 @@ def test_a_later_byte_never_changes_earlier_logits(model):
 
 def test_attention_agrees_with_torchs_encoder_layer(model):
     block = model.blocks[0].eval()
-    reference = torch.nn.TransformerEncoderLayer(32, 2, 128, 0., "gelu", batch_first=True, norm_first=True).eval()
-    names = {"attention_norm.": "norm1.", "query_key_value.": "self_attn.in_proj_", "mlp_input.": "linear1.",
-             "attention_output.": "self_attn.out_proj.", "mlp_norm.": "norm2.", "mlp_output.": "linear2."}
+    reference = torch.nn.TransformerEncoderLayer(32, 2, 128, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    names = {
+        "attention_norm.": "norm1.",
+        "query_key_value.": "self_attn.in_proj_",
+        "mlp_input.": "linear1.",
+        "attention_output.": "self_attn.out_proj.",
+        "mlp_norm.": "norm2.",
+        "mlp_output.": "linear2.",
+    }
     weights = {name: block.get_submodule(name[:-1]).state_dict() for name in names}
-    reference.load_state_dict({names[name] + kind: weights[name][kind] for name in names for kind in ("weight", "bias")})
+    reference.load_state_dict(
+        {names[name] + kind: weights[name][kind] for name in names for kind in ("weight", "bias")}
+    )
     stream = torch.randn(3, 16, 32)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
     torch.testing.assert_close(block(stream), reference(stream, src_mask=mask, is_causal=True))

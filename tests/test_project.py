@@ -1,4 +1,5 @@
 """Notebooks and package in step: checks that cannot pass by accident."""
+
 import ast
 import configparser
 import os
@@ -69,8 +70,11 @@ def test_every_package_that_is_imported_is_required():
     settings.read(REPOSITORY / "settings.ini")
     lines = settings["DEFAULT"]["requirements"].split("\n")
     required = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_").lower() for line in lines if line.strip()}
-    names = {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipykernel"} | dict.fromkeys(
-        ["traitlets", "jupyter_core", "nbformat"], "nbclient") | {"click": "papermill"}
+    names = (
+        {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipykernel"}
+        | dict.fromkeys(["traitlets", "jupyter_core", "nbformat"], "nbclient")
+        | {"click": "papermill"}
+    )
     imported = set()
     for module in MODULES:
         for node in ast.walk(ast.parse(module.read_text())):
@@ -123,7 +127,9 @@ def test_the_defaults_of_train_are_those_of_the_settings():
         assert name in chosen or defaults[name] == field.default, name
 
 
-@pytest.mark.parametrize("module, heavy", [("dlnb", ("torch", "lightning", "papermill")), ("dlnb.engine", ("torch", "lightning"))])
+@pytest.mark.parametrize(
+    "module, heavy", [("dlnb", ("torch", "lightning", "papermill")), ("dlnb.engine", ("torch", "lightning"))]
+)
 def test_importing_is_light(module, heavy, tmp_path):
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"

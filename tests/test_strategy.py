@@ -12,7 +12,7 @@ STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_
               "deepspeed_stage_3_offload"]  # fmt: skip
 
 # Odd sizes that the ranks do not divide; two groups, of which one does not decay.
-TRAIN = '''
+TRAIN = """
 import json, sys
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -55,7 +55,7 @@ def train(name):
 
 for name in sys.argv[1:]:
     train(name)
-'''
+"""
 
 
 def members(group):
