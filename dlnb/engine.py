@@ -21,7 +21,6 @@ from click import ClickException
 
 from .errors import unknown
 from dlnb.ranks import (
-    JOB,
     LogFollower,
     describe_exit,
     end_group,
@@ -32,6 +31,7 @@ from dlnb.ranks import (
     job_environment,
     job_folder,
 )
+from .track import JOB
 
 # %% ../nbs/12_engine.ipynb #97a9c2bb
 class ParameterError(ClickException, ValueError):

@@ -258,8 +258,9 @@ class RankClient(KernelClient):
         if self.km.provisioner.process.poll() is None:
             self.seen_alive = time.time()
         self.failure = self.failure or find_failure(self.folder)
-        failed = self.failure is not None and time.time() > self.failure.time + GRACE
-        return failed or time.monotonic() > self.deadline
+        if self.stopped:  # then all ranks are about to end
+            return time.monotonic() > self.deadline
+        return self.failure is not None and time.time() > self.failure.time + GRACE
 
     def join_ranks(self) -> None:
         "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."

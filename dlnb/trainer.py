@@ -31,7 +31,6 @@ from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly
 from .errors import unknown
 from .optim import describe_optimizer, provide_optimizers, zero_stage
-from .ranks import JOB
 from .strategy import build_strategy
 from .track import RunRecord, wandb_logger
 
@@ -110,8 +109,7 @@ class RunRecorder(Callback):
         if trainer.is_global_zero:
             self.record.begin()
             self.record.write()
-            if JOB in os.environ:  # the engine puts the executed notebook beside the record
-                (Path(os.environ[JOB]) / "run").write_text(str(self.record.folder.resolve()), encoding="utf-8")
+            self.record.announce()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resolved = describe_run(trainer, self.config)
@@ -177,13 +175,12 @@ class CheckBatches(Callback):
     "Refuses an epoch that the ranks, or DeepSpeed's accumulation, cannot train evenly."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        import torch
+        from torch import distributed
 
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
-        if batches == float("inf"):
-            return
-        local = torch.tensor(batches, device=trainer.strategy.root_device)
-        counts = trainer.strategy.all_gather(local).flatten().tolist()
+        counts = [batches] * trainer.world_size
+        if trainer.world_size > 1 and distributed.is_initialized():
+            distributed.all_gather_object(counts, batches)
         if len(set(counts)) > 1:
             raise ValueError(
                 f"The ranks have unequally many training batches, {counts}, and would hang. Use Lightning's distributed sampler, "

@@ -120,39 +120,35 @@ def test_a_finished_run_is_shown_and_not_trained_again(train):
     assert (trained.folder / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_3"])
-def test_byte_gpt_learns_under_zero_3(tmp_path, strategy):
+def test_byte_gpt_learns_under_zero_3(tmp_path):
     from dlnb.examples import PythonSource
 
-    arguments = dict(model="dlnb.examples:ByteGPT", data="dlnb.examples:PythonSource", strategy=strategy, devices=2)
-    size = dict(num_layers=2, num_heads=4, embed_dim=64, context_length=64)
-    _, folder = launch(
-        TRAIN,
-        None,
-        **arguments,
-        model_args=size,
-        data_args={"context_length": 64},
-        accelerator="cpu",
-        root=str(tmp_path),
-        max_epochs=1,
-        lr=3e-3,
-        batch_size=32,
-        trainer_args={"limit_train_batches": 120, "limit_val_batches": 10},
-    )
+    size = dict(num_layers=1, num_heads=4, embed_dim=64, context_length=64)
+    task = dict(model="dlnb.examples:ByteGPT", model_args=size, data="dlnb.examples:PythonSource")
+    task |= dict(data_args={"context_length": 64}, batch_size=16, lr=1e-2, gradient_clip_val=1.0, max_epochs=1)
+    limits = {"limit_train_batches": 220, "limit_val_batches": 20}
+    ranks = dict(accelerator="cpu", devices=2, strategy="deepspeed_stage_3", root=str(tmp_path))
+    _, folder = launch(TRAIN, None, **task, **ranks, trainer_args=limits)
     record = json.loads((folder / "run.json").read_text())
     assert record["resolved"]["zero_stage"] == 3
     assert record["metrics"]["val_bpb"] < 0.8 * PythonSource("val", context_length=64).byte_entropy()
 
 
-def start_training(papermill, root, **settings):
-    "A training on two ranks that would go on for a long time."
-    shared = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2000, root=root, log_every_n_steps=1)
-    job = papermill(TRAIN, **shared | settings)
+RANKS = dict(accelerator="cpu", devices=2, strategy="ddp")
+
+
+def start_training(papermill, root):
+    "A training on two ranks that would go on for a long time, after its first checkpoint."
+    job = papermill(TRAIN, **RANKS, max_epochs=2000, root=root)
     while not list(root.rglob("last.ckpt")):
         job.look()
         assert job.process.poll() is None, job.log.read_text()[-2000:]
-    job.look()
     return job
+
+
+def read_record(root):
+    (path,) = root.rglob("run.json")
+    return path.parent, json.loads(path.read_text())
 
 
 def test_sigterm_stops_a_training_and_its_record_says_so(papermill, tmp_path):
@@ -160,45 +156,36 @@ def test_sigterm_stops_a_training_and_its_record_says_so(papermill, tmp_path):
     job.process.terminate()
     assert job.wait() == 143
     assert job.leftover() == []
-    (path,) = (tmp_path / "runs").rglob("run.json")
-    record = json.loads(path.read_text())
+    folder, record = read_record(tmp_path / "runs")
     assert record["status"] == "stopped" and record["step"] > 0
-    assert (path.parent / "train.ipynb").is_file()
+    assert (folder / "train.ipynb").is_file()
 
 
-def test_a_killed_training_goes_on_with_the_same_command(papermill, tmp_path):
-    job = start_training(papermill, tmp_path / "runs")
+def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_it(papermill, tmp_path):
+    root = tmp_path / "runs"
+    job = start_training(papermill, root)
+    other = papermill(TRAIN, **RANKS, root=root)
+    assert other.wait() == 1
+    assert "is being trained by process" in other.log.read_text()
+    assert job.process.poll() is None
+    job.look()
     job.process.kill()
     job.wait()
     assert job.leftover() == []
-    (path,) = (tmp_path / "runs").rglob("run.json")
-    killed = json.loads(path.read_text())
+    _, killed = read_record(root)
     assert killed["status"] == "running"
-    again = papermill(
-        TRAIN, accelerator="cpu", devices=2, strategy="ddp", max_epochs=killed["epoch"] + 3, root=tmp_path / "runs"
-    )
+    again = papermill(TRAIN, **RANKS, max_epochs=killed["epoch"] + 3, root=root)
     assert again.wait() == 0, again.log.read_text()[-2000:]
-    (path,) = (tmp_path / "runs").rglob("run.json")
-    record = json.loads(path.read_text())
+    folder, record = read_record(root)
     assert (record["status"], record["attempts"], record["epoch"]) == ("finished", 2, killed["epoch"] + 3)
-    with (path.parent / "metrics.csv").open() as file:
+    with (folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["val_loss"]]
     assert len(steps) == len(set(steps)) == record["epoch"]
 
 
-def test_two_trainings_do_not_write_into_one_folder(papermill, tmp_path):
-    job = start_training(papermill, tmp_path / "runs")
-    other = papermill(TRAIN, accelerator="cpu", devices=2, strategy="ddp", root=tmp_path / "runs")
-    assert other.wait() == 1
-    assert "is being trained by process" in other.log.read_text()
-    assert job.process.poll() is None
-
-
 def test_two_ranks_are_one_run_of_wandb(tmp_path):
-    _, folder = launch(
-        TRAIN, None, accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, root=str(tmp_path), wandb="offline"
-    )
-    record = json.loads((folder / "run.json").read_text())
+    _, folder = launch(TRAIN, None, **RANKS, max_epochs=1, root=str(tmp_path), wandb="offline")
+    _, record = read_record(tmp_path)
     (run,) = (folder / "wandb").glob("offline-run-*")
     assert run.name.endswith(record["wandb"]["id"])
     assert record["wandb"]["project"] == "Digits-DigitsNet-train"

