@@ -53,7 +53,7 @@ class Papermill:
         except psutil.NoSuchProcess:
             pass
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 200) -> int:
         "The exit code; the processes are noted meanwhile. Ends everything and fails after `timeout` seconds."
         while self.process.poll() is None:
             self.look()
@@ -63,7 +63,7 @@ class Papermill:
             time.sleep(0.05)
         return self.process.returncode
 
-    def wait_for_output(self, text: str, timeout: float = 90) -> None:
+    def wait_for_output(self, text: str, timeout: float = 150) -> None:
         "Until a cell of the output notebook has printed `text`."
         while text not in self.printed():
             self.look()

@@ -142,7 +142,7 @@ def run_ranks(folder: Path, strategy: str, devices: int) -> list[dict]:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # a rank that hangs outlives the one that started it
         raise

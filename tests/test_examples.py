@@ -58,7 +58,7 @@ def test_source_is_the_same_in_another_process(source):
         "from hashlib import sha256; from dlnb.examples import PythonSource;"
         "print(sha256(PythonSource('val').data.numpy().tobytes()).hexdigest())"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.strip() == sha256(source["val"].data.numpy().tobytes()).hexdigest()
 
 

@@ -71,7 +71,7 @@ def group_of(pid):
         return None
 
 
-def run(arguments, folder, timeout=60, **environment):
+def run(arguments, folder, timeout=120, **environment):
     """Run Python in a process group of its own; its exit code and output, once nothing of the group is left."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, text=True,
@@ -95,12 +95,12 @@ def trained(tmp_path_factory):
     """One pair of processes trains under one strategy after another: what both ranks recorded and what they printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.py").write_text(TRAIN)
-    code, output = run(["train.py", *STRATEGIES], folder, timeout=170)
+    code, output = run(["train.py", *STRATEGIES], folder, timeout=280)
     assert code == 0, output
     return records_of_both_ranks(folder, STRATEGIES), output
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_ranks_train_exactly_as_under_ddp(name, trained):
     records, _ = trained
@@ -112,7 +112,7 @@ def test_two_ranks_train_exactly_as_under_ddp(name, trained):
     assert [record["device"] for record in records[name]] == (["cpu", "cpu"] if name == "ddp" else ["cpu:0", "cpu:1"])
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_no_extension_is_compiled_and_nothing_deprecated_is_shown(trained):
     _, output = trained
     assert "built successfully" not in output
