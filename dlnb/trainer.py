@@ -186,7 +186,7 @@ class CheckBatches(Callback):
                 f"The ranks have unequally many training batches, {counts}, and would hang. Use Lightning's distributed sampler, "
                 "or dlnb.data.DataModule over a dataset class."
             )
-        if zero_stage(trainer.strategy) and batches % window:
+        if zero_stage(trainer.strategy) and batches != float("inf") and batches % window:
             raise ValueError(
                 f"accumulate_grad_batches={window} does not divide the {batches} batches of an epoch, and DeepSpeed would carry "
                 "the rest into the next one. Choose a divisor, limit_train_batches in trainer_args, or dlnb.data.DataModule."
@@ -242,14 +242,10 @@ class NotebookProgressBar(ProgressBar):
         "Epoch, step, speed, and the metrics of the progress bar."
         steps = trainer.global_step - self.first_step
         speed = steps / max(time.monotonic() - self.began, 1e-9)
-        epoch = (
-            min(trainer.current_epoch + 1, trainer.max_epochs) if trainer.max_epochs > 0 else trainer.current_epoch + 1
-        )
-        metrics = {
-            name: value
-            for name, value in self.get_metrics(trainer, trainer.lightning_module).items()
-            if name != "v_num"
-        }
+        epoch = trainer.current_epoch + 1
+        epoch = min(epoch, trainer.max_epochs) if trainer.max_epochs > 0 else epoch
+        metrics = self.get_metrics(trainer, trainer.lightning_module)
+        metrics.pop("v_num", None)
         words = [f"epoch {epoch}/{trainer.max_epochs}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
         words += [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
@@ -296,14 +292,11 @@ def build_trainer(
     metrics = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=config.log_every_n_steps)
     tags = [settings.strategy, settings.precision, *config.tags]
     online = wandb_logger(record, config.project(record.mode), tags, config.hash)
-    shared = "accelerator devices num_nodes precision max_epochs max_steps log_every_n_steps accumulate_grad_batches gradient_clip_val"
-    strategy = settings.strategy, settings.accelerator
+    shared = "accelerator devices num_nodes precision max_epochs max_steps log_every_n_steps"
+    shared += " accumulate_grad_batches gradient_clip_val"
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in shared.split()}
     arguments |= {
-        # On one device Lightning itself picks which, by its number in `devices`.
-        "strategy": "auto"
-        if settings.strategy == "single_device"
-        else build_strategy(*strategy, **config.strategy_args),
+        "strategy": _trainer_strategy(config),
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
         "callbacks": callbacks + checkpoint_callbacks(config, folder),
         "logger": [metrics] if online is None else [metrics, online],
@@ -314,6 +307,14 @@ def build_trainer(
     trainer = Trainer(**arguments | config.trainer_args)
     average_integers_exactly(trainer.strategy)
     return trainer
+
+
+def _trainer_strategy(config: RunConfig) -> Any:
+    "For the Trainer; on one device Lightning itself picks which, by its number in `devices`."
+    settings = config.resolved
+    if settings.strategy == "single_device":
+        return "auto"
+    return build_strategy(settings.strategy, settings.accelerator, **config.strategy_args)
 
 
 def _check_interactive(settings: RunConfig) -> None:
