@@ -107,7 +107,8 @@ def job_folder(
         (folder / "rank.py").write_text(script, encoding="utf-8")
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not external_rank():  # under an outer launcher the others may still be reading
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/10_ranks.ipynb #5361b1a9
 def _make_shell():

@@ -22,6 +22,7 @@ from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import LocalHandler, papermill_io, write_ipynb
+from papermill.log import logger
 from traitlets.config import Config
 
 from dlnb.ranks import (
@@ -92,8 +93,21 @@ def keep_shown_widgets(
 class NotebookManager(NotebookExecutionManager):
     "papermill's record of an execution, for notebooks that may end early."
 
+    saved = False  # at least once
+
     def save(self, **kwargs) -> None:
-        "Write the output notebook: beside its place and then there, so that a kill leaves the one before."
+        "Write the output notebook. A disk that is full for a while must not end a training: only the end insists."
+        try:
+            self._write(**kwargs)
+            self.saved = True
+        except OSError as error:
+            if self.end_time or not self.saved:
+                raise
+            logger.warning(f"{self.output_path} cannot be written now, and is tried again: {error}")
+        self.last_save_time = self.now()
+
+    def _write(self, **kwargs) -> None:
+        "Write it beside its place and then there, so that a kill leaves the one before."
         if not self.output_path or not isinstance(papermill_io.get_handler(self.output_path), LocalHandler):
             return super().save(**kwargs)
         path = Path(self.output_path)
@@ -103,7 +117,6 @@ class NotebookManager(NotebookExecutionManager):
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-        self.last_save_time = self.now()
 
     def notebook_complete(self, **kwargs) -> None:
         "Close the record. Every cell that has run is marked already; the others have not run."
@@ -121,7 +134,7 @@ class NotebookManager(NotebookExecutionManager):
         for cell in self.nb.cells[index + 1 :]:
             cell.metadata.papermill["status"] = self.PENDING
 
-# %% ../nbs/11_supervisor.ipynb #b5daef01
+# %% ../nbs/11_supervisor.ipynb #f8592cc6
 def write_failure(
     manager: NotebookManager,
     failure: Rank,  # which rank, in which cell, and why
@@ -137,7 +150,7 @@ def write_failure(
     outputs.insert(next((i for i, output in enumerate(outputs) if output.output_type == "error"), len(outputs)), error)
     manager.fail(min(failed, index))
 
-# %% ../nbs/11_supervisor.ipynb #0cde2974
+# %% ../nbs/11_supervisor.ipynb #6473d05f
 PROLOGUE = "from dlnb.ranks import leave_interactive; leave_interactive({script!r})"
 
 
@@ -183,7 +196,7 @@ class KernelClient(PapermillNotebookClient):
         self.widget_state = keep_shown_widgets(self.nb, self.widget_state)
         super().set_widgets_metadata()
 
-# %% ../nbs/11_supervisor.ipynb #1ec124e6
+# %% ../nbs/11_supervisor.ipynb #a29fe229
 INTERVAL = 0.2  # seconds between two looks at the ranks
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
