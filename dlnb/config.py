@@ -93,11 +93,18 @@ def complete_arguments(
 
 
 def _is_json(value: Any) -> bool:
+    "Whether JSON gives it back as it is: {0: 1} and {'0': 1} would be the same there, and share a folder."
     try:
-        json.dumps(value, allow_nan=False)
+        return json.loads(json.dumps(value, allow_nan=False)) == _as_lists(value)
     except (TypeError, ValueError):
         return False
-    return True
+
+
+def _as_lists(value: Any) -> Any:
+    "Tuples are lists in JSON."
+    if isinstance(value, Mapping):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/04_config.ipynb #b413c68a
 def read_text(
@@ -463,6 +470,10 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
 
     known = set(inspect.signature(Trainer).parameters)
     for name in arguments:
+        if name in ("fast_dev_run", "barebones"):
+            raise ValueError(
+                f"trainer_args: {name!r} keeps no run; to try a few steps, set limit_train_batches or max_steps."
+            )
         if name in RunConfig.model_fields or name in ("callbacks", "logger", "default_root_dir"):
             raise ValueError(f"trainer_args: {name!r} is set by dlnb; use the setting of the run, not trainer_args.")
         if name not in known:

@@ -13,6 +13,7 @@ from pathlib import Path
 # %% ../nbs/05_consolidate.ipynb #ec5d81c8
 def read_state_dict(
     checkpoint: str | Path,  # a Lightning .ckpt file, or the folder that a DeepSpeed strategy saves
+    weights_only: bool = True,  # False unpickles any object of a .ckpt: for a checkpoint of one's own
 ) -> dict:  # name -> tensor, on the CPU; parameters that ZeRO has cut come in float32
     "The model's `state_dict`, under the names of the LightningModule. Raises `ValueError` for what is no checkpoint."
     import torch
@@ -25,7 +26,7 @@ def read_state_dict(
             raise ValueError(f"{checkpoint} is no checkpoint of a DeepSpeed strategy: it has no folder 'checkpoint'.")
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it reports every step
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="checkpoint")
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=weights_only, mmap=True)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{checkpoint} is no Lightning checkpoint: it holds no 'state_dict'.")
     return content["state_dict"]
@@ -34,6 +35,7 @@ def read_state_dict(
 def consolidate(
     checkpoint: str | Path,  # a Lightning .ckpt file, or the folder that a DeepSpeed strategy saves
     out: str | Path,  # the safetensors file to write
+    weights_only: bool = True,  # False unpickles any object of a .ckpt: for a checkpoint of one's own
 ) -> Path:  # that file
     """Write a checkpoint's weights into one safetensors file, which appears whole or not at all.
 
@@ -44,7 +46,7 @@ def consolidate(
 
     first: dict[tuple, str] = {}
     tensors, tied = {}, {"format": "pt"}
-    for name, tensor in read_state_dict(checkpoint).items():
+    for name, tensor in read_state_dict(checkpoint, weights_only).items():
         place = (tensor.data_ptr(), tensor.shape, tensor.dtype)
         if tensor.numel() and place in first:
             tied[name] = first[place]

@@ -21,7 +21,9 @@ from click import ClickException
 
 from .errors import unknown
 from dlnb.ranks import (
+    LINGER,
     LogFollower,
+    Rank,
     describe_exit,
     end_group,
     external_rank,
@@ -30,6 +32,7 @@ from dlnb.ranks import (
     is_first,
     job_environment,
     job_folder,
+    read_ranks,
 )
 from .track import JOB
 
@@ -163,6 +166,16 @@ def _keep_in_run(nb, folder: Path, input_path) -> None:
     (run / name).write_text(nbformat.writes(nb), encoding="utf-8")
 
 # %% ../nbs/12_engine.ipynb #d6e6907e
+def _record_death(folder: Path, rank: Rank, code: int) -> None:
+    "Tell the first rank's supervisor of a rank that could not do so itself, and wait until it has seen it."
+    known = next((record for record in read_ranks(folder) if record.rank == rank.rank), rank)
+    if known.status == "running":
+        known.status, known.time, known.ename = "failed", time.time(), "RankDied"
+        known.evalue = f"process {rank.pid} {describe_exit(code)}"
+        known.write(folder)
+        time.sleep(LINGER)
+
+
 def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
     "Run one rank that the launcher has asked for, and end as it ends."
     path = folder / f"rank-{rank}.ipynb"
@@ -180,6 +193,7 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
             sys.stderr.write(follower.read(last=True))
             end_group(process.pid)
     if process.returncode:
+        _record_death(folder, Rank(rank, process.pid), process.returncode)
         failure = find_failure(folder)
         raise RankError(
             "\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])])

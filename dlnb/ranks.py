@@ -87,8 +87,11 @@ def _job_folder() -> Path:
     root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     if external_rank() is None:
         return Path(tempfile.mkdtemp(prefix="dlnb-", dir=root))
+    import psutil
+
+    began = int(psutil.Process(os.getppid()).create_time())  # the launcher's; its number may have been another's
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    folder = Path(root) / f"dlnb-{os.getuid()}-{os.getppid()}-{restart}"
+    folder = Path(root) / f"dlnb-{os.getuid()}-{os.getppid()}-{began}-{restart}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own.")
@@ -213,8 +216,9 @@ def describe_exit(
         return "ended without a word (killed?)"
     if code >= 0:
         return f"exited with code {code}"
+    names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
     hint = "; if nobody did, the system ran out of memory" if -code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"
+    return f"was killed by {names.get(-code, f'signal {-code}')}{hint}"
 
 
 def find_failure(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jupyter_core.utils import run_sync
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
@@ -213,21 +213,25 @@ class RankClient(KernelClient):
         self.failure: Rank | None = None
         self.seen_alive = 0.0  # when the kernel was last known to live, in seconds since the epoch
         self.stopped: int | None = None  # the signal that asked for an end
+        self.stopped_at = float("inf")  # in seconds since the epoch
         self.deadline = float("inf")  # when ranks that were asked to end are ended
 
     def execute(self, **kwargs):
         "Run all cells. The kernel's process group is gone at the end, however it comes."
         self.reset_execution_trackers()
-        with self.handle_signals(), self.setup_kernel(**kwargs):
-            self.group = self.km.provisioner.process.pid
-            with guard(self.group):
-                try:
-                    self.leave_interactive()
-                    self.papermill_execute_cells()
-                finally:
-                    if self.failure or self.stopped:
-                        end_group(self.group)
-        signal_group(self.group, signal.SIGKILL)  # what the notebook left running
+        try:
+            with self.handle_signals(), self.setup_kernel(**kwargs):
+                self.group = self.km.provisioner.process.pid
+                with guard(self.group):
+                    try:
+                        self.leave_interactive()
+                        self.papermill_execute_cells()
+                    finally:
+                        if self.failure or self.stopped:
+                            end_group(self.group)
+        finally:
+            if self.group:
+                signal_group(self.group, signal.SIGKILL)  # what the notebook left running
         self.set_widgets_metadata()
         return self.nb
 
@@ -241,7 +245,7 @@ class RankClient(KernelClient):
                 self.execute_cell(cell, index)
                 if index == len(self.nb.cells) - 1:
                     self.join_ranks()
-            except (CellExecutionError, DeadKernelError) as error:
+            except (CellExecutionError, DeadKernelError, CellTimeoutError) as error:
                 return self.explain(index, error)
             self.nb_man.cell_complete(cell, index)
 
@@ -298,12 +302,14 @@ class RankClient(KernelClient):
         time.sleep(INTERVAL)  # a rank that failed just before may still be writing
         self.is_over(index, last=True)
         code = self.km.provisioner.process.poll()
-        if self.stopped:
+        if self.stopped and not (self.failure and self.failure.time < self.stopped_at):
             self.failure = Rank(
                 0, self.group, ename="Stopped", evalue=f"{signal.Signals(self.stopped).name} ended all ranks"
             )
         elif code is not None and not (self.failure and self.failure.time < ended):
             self.failure = Rank(0, self.group, ename="RankDied", evalue=f"the kernel {describe_exit(code)}")
+        elif isinstance(error, CellTimeoutError):
+            self.failure = Rank(0, self.group, ename="CellTimeoutError", evalue=str(error).splitlines()[0])
         elif self.failure is None or (isinstance(error, CellExecutionError) and self.failure.time > ended):
             self.failure = Rank(0, self.group)
             return self.nb_man.fail(index)  # rank 0's own error stands in the cell already
@@ -315,7 +321,7 @@ class RankClient(KernelClient):
 
         def stop(number: int, frame) -> None:
             self.deadline = time.monotonic() + (0 if self.stopped else STOP_GRACE)
-            self.stopped = number
+            self.stopped, self.stopped_at = number, min(self.stopped_at, time.time())
             if self.group:
                 signal_group(self.group, number)
 

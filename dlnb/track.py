@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from pydantic import BaseModel
 
 # %% ../nbs/07_track.ipynb #b76a35ca
@@ -52,6 +53,7 @@ class RunRecord(BaseModel):
     attempts: int = 0  # how often it was started or continued
     host: str = ""
     pid: int = 0  # of rank 0
+    pid_created: float = 0.0  # when that process began: a number is given again to others
     settings: dict[str, Any] = {}  # the RunConfig as it was given
     resolved: dict[str, Any] = {}  # what came of it on this machine
     versions: dict[str, str] = {}
@@ -96,9 +98,12 @@ class RunRecord(BaseModel):
     @property
     def is_alive(self) -> bool:
         "Whether its process still trains, as far as can be seen from this machine."
-        import psutil
-
-        return self.status == "running" and self.host == socket.gethostname() and psutil.pid_exists(self.pid)
+        if self.status != "running" or self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.pid_created) < 1
+        except psutil.NoSuchProcess:
+            return False
 
     def announce(self) -> None:
         "Tell the engine, where it runs this notebook, in which folder the executed notebook belongs."
@@ -109,6 +114,7 @@ class RunRecord(BaseModel):
         "Note a new attempt, by this process."
         self.status, self.error, self.started, self.ended = "running", None, now(), None
         self.host, self.pid, self.attempts = socket.gethostname(), os.getpid(), self.attempts + 1
+        self.pid_created = psutil.Process().create_time()
         self.versions = package_versions()
 
     def end(self, error: BaseException | None = None) -> None:

@@ -116,19 +116,23 @@ class RunRecorder(Callback):
         if trainer.is_global_zero:
             self.record.resolved = resolved
             self.record.write()
-            rows = [row for row in self.earlier_metrics if int(row["step"]) < trainer.global_step]
-            trainer.logger.experiment.metrics[:0] = rows
+            rows = [row for row in self.earlier_metrics if (row.get("step") or "").isdigit()]  # a kill may cut a line
+            rows = [row for row in rows if int(row["step"]) < trainer.global_step]
+            if rows:
+                trainer.logger.experiment.metrics[:0] = rows
+                trainer.logger.save()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.update(trainer, finished_epochs=trainer.current_epoch + 1)
 
     def update(self, trainer: Trainer, finished_epochs: int) -> None:
         "Note how far the training is, and write it."
+        # Metrics are averaged when they are first read, which all ranks must do together.
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
             return
         best, last = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1]
         self.record.epoch, self.record.step = finished_epochs, trainer.global_step
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self.record.metrics = {name: value for name, value in logged.items() if not name.startswith("lr")}
         self.record.best_checkpoint = _relative(best.best_model_path, self.record.folder)
         self.record.best_score = None if best.best_model_score is None else float(best.best_model_score)
@@ -152,11 +156,11 @@ class SeedRanks(Callback):
         import numpy
         import torch
 
-        if trainer.global_step == 0:
-            streams = numpy.random.SeedSequence([self.seed, trainer.global_rank]).generate_state(3)
-            random.seed(int(streams[0]))
-            numpy.random.seed(streams[1])
-            torch.manual_seed(int(streams[2]))  # all devices' generators
+        where = [self.seed, trainer.global_rank, trainer.global_step]  # going on must not draw the same numbers again
+        streams = numpy.random.SeedSequence(where).generate_state(3)
+        random.seed(int(streams[0]))
+        numpy.random.seed(streams[1])
+        torch.manual_seed(int(streams[2]))  # all devices' generators
 
 # %% ../nbs/08_trainer.ipynb #a044d13f
 class CheckMonitor(Callback):
@@ -312,7 +316,7 @@ def build_trainer(
 def _trainer_strategy(config: RunConfig) -> Any:
     "For the Trainer; on one device Lightning itself picks which, by its number in `devices`."
     settings = config.resolved
-    if settings.strategy == "single_device":
+    if settings.strategy == "single_device" and not config.strategy_args:
         return "auto"
     return build_strategy(settings.strategy, settings.accelerator, **config.strategy_args)
 
@@ -410,24 +414,31 @@ def fit(
     with quiet_lightning():
         trainer = build_trainer(config, record)
         try:
-            trainer.fit(model or build_model(config), datamodule=data or build_data(config), ckpt_path=checkpoint)
-            error = None
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
+            trained, data = model or build_model(config), data or build_data(config)
+            # The run's own checkpoint may hold more than tensors: whatever the model has saved of its arguments.
+            trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+            _keep_weights(trainer, record)
+        except BaseException as error:
             _close(trainer, record, error)
+            raise
+        _close(trainer, record)
+        trainer.strategy.barrier()  # no rank reads the folder before it is complete
     return record
 
 
-def _close(trainer: Trainer, record: RunRecord, error: BaseException | None) -> None:
+def _recorder(trainer: Trainer) -> RunRecorder:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
+
+
+def _keep_weights(trainer: Trainer, record: RunRecord) -> None:
+    "Note what was reached, and make one file of the best checkpoint's weights, or of the last one's."
+    _recorder(trainer).update(trainer, finished_epochs=trainer.current_epoch)
+    if trainer.is_global_zero and (kept := record.best_checkpoint or record.last_checkpoint):
+        record.weights = consolidate(record.folder / kept, record.folder / "model.safetensors", weights_only=False).name
+
+
+def _close(trainer: Trainer, record: RunRecord, error: BaseException | None = None) -> None:
     "Put the end of a training, good or bad, on the disk."
-    if not trainer.is_global_zero or not record.attempts:
-        return
-    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, RunRecorder))
-    record.end(error)
-    recorder.update(trainer, finished_epochs=trainer.current_epoch)
-    kept = record.best_checkpoint or record.last_checkpoint
-    if error is None and kept:
-        record.weights = consolidate(record.folder / kept, record.folder / "model.safetensors").name
+    if trainer.is_global_zero and record.attempts:
+        record.end(error)
         record.write()

@@ -168,15 +168,15 @@ def test_output_is_in_the_notebook_as_it_happens_and_stays_small(papermill, tmp_
     bar = """import sys, time
 from tqdm import tqdm
 print('a line', flush=True)
-for step in tqdm(range(3_000), mininterval=0):
+for step in tqdm(range(1_000), mininterval=0):
     pass
 print('\\nbars done', flush=True)
-time.sleep(6)"""
+time.sleep(10)"""
     job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bar))
     job.wait_for_output("bars done")
     assert job.process.poll() is None, "the cell had ended already"
     assert job.wait() == 0
-    assert "a line" in job.printed() and "3000/3000" in job.printed()
+    assert "a line" in job.printed() and "1000/1000" in job.printed()
     assert job.out.stat().st_size < 20_000
 
 
@@ -262,7 +262,7 @@ def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
 def test_launch_returns_the_executed_notebook(tmp_path):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)")
     executed, folder = launch(path, tmp_path / "out.ipynb", devices=2)
-    text = "".join(output.text for output in executed.cells[-1].outputs)
+    text = str([cell.get("outputs") for cell in executed.cells])
     assert "rank 0" in text and "[rank 1] rank 1" in text
     assert folder is None
     assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs == executed.cells[-1].outputs

@@ -26,7 +26,7 @@ WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     inherited = {name: value for name, value in os.environ.items() if name != "IN_TEST"}  # nbdev then exports nothing
-    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=580)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def executions(tmp_path_factory):
 
 def execute(path: Path, folder: Path) -> None:
     shutil.copy(path, folder)
-    done = run("jupyter", "execute", "--timeout=240", "--inplace", path.name, cwd=folder)
+    done = run("jupyter", "execute", "--timeout=500", "--inplace", path.name, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
