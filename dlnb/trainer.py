@@ -415,8 +415,9 @@ def fit(
         trainer = build_trainer(config, record)
         try:
             trained, data = model or build_model(config), data or build_data(config)
-            # The run's own checkpoint may hold more than tensors: whatever the model has saved of its arguments.
-            trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+            # The run's own checkpoint may hold any object that the model saved; one from elsewhere must not run code.
+            weights_only = None if checkpoint is None or not checkpoint.is_relative_to(record.folder) else False
+            trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=weights_only)
             _keep_weights(trainer, record)
         except BaseException as error:
             _close(trainer, record, error)
