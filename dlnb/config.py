@@ -6,7 +6,7 @@
 __all__ = ['UNHASHED', 'PRECISIONS', 'PRECISION_ALIASES', 'Dictionary', 'Devices', 'Words', 'load_class', 'complete_arguments',
            'read_text', 'RunConfig']
 
-# %% ../nbs/04_config.ipynb #261b28cc
+# %% ../nbs/04_config.ipynb #917e97f2
 import hashlib
 import importlib
 import importlib.util
@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from .errors import unknown
 
-# %% ../nbs/04_config.ipynb #f4f4b0d6
+# %% ../nbs/04_config.ipynb #bfaec920
 def _import_file(path: Path) -> Any:
     "Import a Python file under a name made from its place, once a process, so that its classes can be pickled."
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
@@ -54,7 +54,7 @@ def _import_module(field: str, where: str) -> Any:
             ) from error
         raise
 
-# %% ../nbs/04_config.ipynb #95fdcee6
+# %% ../nbs/04_config.ipynb #eac32cfa
 def load_class(
     path: str,  # "package.module:Class" or "path/to/file.py:Class"
     field: str = "class",  # the setting it came from, for the error's sentence
@@ -69,7 +69,7 @@ def load_class(
         raise ValueError(f"{field}={path!r}: {unknown('class', name, classes)}")
     return found
 
-# %% ../nbs/04_config.ipynb #f62609bf
+# %% ../nbs/04_config.ipynb #db48784a
 def complete_arguments(
     field: str,  # the setting the arguments came from
     cls: type,  # the class that will take them
@@ -106,7 +106,7 @@ def _as_lists(value: Any) -> Any:
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/04_config.ipynb #b413c68a
+# %% ../nbs/04_config.ipynb #1712c71e
 def read_text(
     text: str,  # JSON or YAML
 ) -> Any:  # what it says
@@ -142,7 +142,7 @@ def _words(value: Any) -> Any:
     value = read_text(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
-# %% ../nbs/04_config.ipynb #f95485a2
+# %% ../nbs/04_config.ipynb #e23a29a0
 def _devices(value: Any) -> Any:
     "2, '2', -1, 'auto', [0, 2] and '0,2', as Lightning reads them."
     if isinstance(value, str):
@@ -165,7 +165,7 @@ def _check_devices(value: Any) -> Any:
         )
     return value
 
-# %% ../nbs/04_config.ipynb #e943b1fa
+# %% ../nbs/04_config.ipynb #c2eade49
 def _count_devices(accelerator: str, devices: int | str | list[int]) -> int:
     "How many ranks a node runs: what the launcher started, else what Lightning would take."
     from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -189,7 +189,7 @@ def _count_devices(accelerator: str, devices: int | str | list[int]) -> int:
         )
     return count
 
-# %% ../nbs/04_config.ipynb #92e0715e
+# %% ../nbs/04_config.ipynb #ebf423f6
 UNHASHED = frozenset(
     "root name tags wandb log_every_n_steps max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
 )
@@ -200,7 +200,7 @@ Dictionary = Annotated[dict[str, Any], BeforeValidator(_dictionary)]
 Devices = Annotated[int | list[int] | str, BeforeValidator(_devices)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 
-# %% ../nbs/04_config.ipynb #0049fc08
+# %% ../nbs/04_config.ipynb #075f8d41
 class RunConfig(BaseModel):
     """The settings of a run, shared by train, tune and infer.
 
@@ -393,21 +393,21 @@ class RunConfig(BaseModel):
 
     def folder(
         self,
-        mode: str = "train",  # train, tune or test
+        mode: str = "train",  # train, tune, test or predict
     ) -> Path:
         "Where the run lives: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
         return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
 
     def project(
         self,
-        mode: str = "train",  # train, tune or test
+        mode: str = "train",  # train, tune, test or predict
     ) -> str:
         "The W&B project: `<Data>-<Model>-<mode>`."
         return f"{self.task}-{_check_mode(mode)}"
 
-# %% ../nbs/04_config.ipynb #a74bfd41
+# %% ../nbs/04_config.ipynb #86fff9ca
 def _check_mode(mode: str) -> str:
-    if mode not in (modes := ("train", "tune", "test")):
+    if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
     return mode
 
@@ -479,7 +479,7 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
         if name not in known:
             raise ValueError(unknown("trainer_args", name, known - set(RunConfig.model_fields)))
 
-# %% ../nbs/04_config.ipynb #f0afcf8e
+# %% ../nbs/04_config.ipynb #4cd9f74a
 def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     if not (path := values.get("best_params")):
         return values

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Split', 'epoch_order', 'EpochSampler', 'EvaluationSampler', 'evaluation_batch_size', 'average_integers_exactly',
-           'suggested_num_workers', 'DataModule']
+           'suggested_num_workers', 'DataModule', 'evaluate_exactly']
 
-# %% ../nbs/01_data.ipynb #15ccaea7
+# %% ../nbs/01_data.ipynb #5a7e17be
 import inspect
 import math
 import os
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import Strategy
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils._pytree import tree_map
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
 from .errors import unknown
 
-# %% ../nbs/01_data.ipynb #c34f4c71
+# %% ../nbs/01_data.ipynb #72af2906
 def epoch_order(
     num_samples: int,  # length of the dataset
     seed: int,  # not negative
@@ -31,7 +32,7 @@ def epoch_order(
     "The order of all samples in one epoch: a permutation drawn from (seed, epoch) alone."
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
-# %% ../nbs/01_data.ipynb #a1f9f60d
+# %% ../nbs/01_data.ipynb #c5c3490b
 class EpochSampler(DistributedSampler):
     """A rank's share of `epoch_order`, cut to whole optimizer steps.
 
@@ -62,7 +63,7 @@ class EpochSampler(DistributedSampler):
         order = epoch_order(len(self.dataset), self.seed, self.epoch)
         return iter(order[self.rank : self.total_size : self.num_replicas].tolist())
 
-# %% ../nbs/01_data.ipynb #869142f7
+# %% ../nbs/01_data.ipynb #49192dc6
 class EvaluationSampler(DistributedSampler):
     "Every sample exactly once over all ranks, in the dataset's order: rank r of N takes r, r + N, r + 2N, ..."
 
@@ -79,7 +80,7 @@ class EvaluationSampler(DistributedSampler):
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.total_size, self.num_replicas))
 
-# %% ../nbs/01_data.ipynb #51e9de98
+# %% ../nbs/01_data.ipynb #91ba0420
 def evaluation_batch_size(
     num_samples: int,  # length of the dataset
     num_replicas: int,  # ranks in total
@@ -101,7 +102,7 @@ def evaluation_batch_size(
     larger = (size for size in range(batch_size + 1, per_rank + 2) if per_rank % size)
     return next(smaller, None) or next(larger)
 
-# %% ../nbs/01_data.ipynb #1e05950b
+# %% ../nbs/01_data.ipynb #85f22a38
 def average_integers_exactly(strategy: Strategy) -> None:
     "Make `strategy.reduce` take the mean of an integer tensor in floating point; other reductions stay as they are."
     if getattr(strategy.reduce, "is_exact", False):
@@ -118,7 +119,7 @@ def average_integers_exactly(strategy: Strategy) -> None:
     exact_reduce.is_exact = True
     strategy.reduce = exact_reduce
 
-# %% ../nbs/01_data.ipynb #8815adb6
+# %% ../nbs/01_data.ipynb #78a66ef9
 def suggested_num_workers(
     local_ranks: int = 1,  # ranks on this machine
     compute_threads: int = 1,  # of a rank: 1 where a GPU computes, torch's number of threads on a CPU
@@ -127,7 +128,7 @@ def suggested_num_workers(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores // local_ranks - compute_threads, 0), 8)
 
-# %% ../nbs/01_data.ipynb #e764848e
+# %% ../nbs/01_data.ipynb #28396aaa
 Split = Literal["train", "val", "test", "predict"]
 
 
@@ -154,7 +155,7 @@ def _check_integer(name: str, value: Any, least: int, alternative: str = "") -> 
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}{alternative}, but got {name}={value!r}")
 
-# %% ../nbs/01_data.ipynb #9ba11968
+# %% ../nbs/01_data.ipynb #a2df2b34
 class DataModule(LightningDataModule):
     "Train, val, test and predict loaders over a dataset class that takes `split=`, the same on any number of ranks."
 
@@ -245,3 +246,36 @@ class DataModule(LightningDataModule):
             pin_memory=device == "cuda",
             persistent_workers=workers > 0,
         )
+
+# %% ../nbs/01_data.ipynb #221c78f9
+def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
+    "A rank's share of what a plain, sequential loader loads; anything else as it is."
+    plain = type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler
+    if not plain or type(loader.sampler) is not SequentialSampler:
+        return loader
+    kept = (
+        "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
+    )
+    options = {name: getattr(loader, name) for name in kept.split()}
+    if loader.num_workers:
+        options["prefetch_factor"] = loader.prefetch_factor
+    batch_size = evaluation_batch_size(len(loader.dataset), num_replicas, loader.batch_size)
+    sampler = EvaluationSampler(loader.dataset, num_replicas, rank)
+    return DataLoader(loader.dataset, batch_size=batch_size, sampler=sampler, **options)
+
+
+def evaluate_exactly(
+    module: LightningDataModule,
+) -> LightningDataModule:  # the same
+    "Make a module's test and predict loaders give each sample once over all ranks, in the dataset's order."
+
+    def exact(make: Callable) -> Callable:
+        @wraps(make)
+        def loaders() -> Any:
+            trainer = module.trainer
+            return tree_map(lambda loader: _in_shares(loader, trainer.world_size, trainer.global_rank), make())
+
+        return loaders
+
+    module.test_dataloader, module.predict_dataloader = exact(module.test_dataloader), exact(module.predict_dataloader)
+    return module

@@ -1,10 +1,12 @@
 """What the tests share: small notebooks, papermill in its own process, and a look at what it leaves running."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import nbformat
@@ -14,6 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
+INFER = TRAIN.with_name("infer.ipynb")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -138,3 +141,39 @@ def papermill(tmp_path):
     yield start
     for run in started:
         run.end()
+
+
+# Every strategy trains the same notebook once a session, and more than one file looks at what it left.
+OPTIMIZERS = {
+    "single_device": ("torch.optim.AdamW(fused=True)", 1, 0),
+    "ddp": ("torch.optim.AdamW", 2, 0),
+    "deepspeed_stage_1": ("torch.optim.AdamW", 2, 1),
+    "deepspeed_stage_2": ("torch.optim.AdamW", 2, 2),
+    "deepspeed_stage_3": ("torch.optim.AdamW", 2, 3),
+    "deepspeed_stage_2_offload": ("deepspeed DeepSpeedCPUAdam", 2, 2),
+    "deepspeed_stage_3_offload": ("deepspeed DeepSpeedCPUAdam", 2, 3),
+}
+SAME = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+Trained = namedtuple("Trained", "strategy notebook folder record config")
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    "Train a strategy once a session, through papermill."
+    from dlnb.config import RunConfig
+    from dlnb.engine import launch
+
+    root, runs = tmp_path_factory.mktemp("conformance"), {}
+
+    def train(strategy: str) -> Trained:
+        if strategy not in runs:
+            settings = dict(
+                strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
+            )
+            settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
+            notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
+            record = json.loads((folder / "run.json").read_text())
+            runs[strategy] = Trained(strategy, notebook, folder, record, RunConfig(**record["settings"]))
+        return runs[strategy]
+
+    return train

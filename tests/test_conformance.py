@@ -2,48 +2,15 @@
 
 import csv
 import json
-from collections import namedtuple
 
 import pytest
-from conftest import TRAIN
+from conftest import OPTIMIZERS, SAME, TRAIN
 from safetensors.torch import load_file
 
-from dlnb.config import RunConfig
 from dlnb.engine import launch
 from dlnb.trainer import build_model
 
 pytestmark = pytest.mark.timeout(300)
-
-OPTIMIZERS = {
-    "single_device": ("torch.optim.AdamW(fused=True)", 1, 0),
-    "ddp": ("torch.optim.AdamW", 2, 0),
-    "deepspeed_stage_1": ("torch.optim.AdamW", 2, 1),
-    "deepspeed_stage_2": ("torch.optim.AdamW", 2, 2),
-    "deepspeed_stage_3": ("torch.optim.AdamW", 2, 3),
-    "deepspeed_stage_2_offload": ("deepspeed DeepSpeedCPUAdam", 2, 2),
-    "deepspeed_stage_3_offload": ("deepspeed DeepSpeedCPUAdam", 2, 3),
-}
-SAME = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-Trained = namedtuple("Trained", "strategy notebook folder record config")
-
-
-@pytest.fixture(scope="session")
-def train(tmp_path_factory):
-    "Train a strategy once a session, through papermill."
-    root, runs = tmp_path_factory.mktemp("conformance"), {}
-
-    def train(strategy: str) -> Trained:
-        if strategy not in runs:
-            settings = dict(
-                strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
-            )
-            settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
-            notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
-            record = json.loads((folder / "run.json").read_text())
-            runs[strategy] = Trained(strategy, notebook, folder, record, RunConfig(**record["settings"]))
-        return runs[strategy]
-
-    return train
 
 
 @pytest.fixture(params=OPTIMIZERS)
