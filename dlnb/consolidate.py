@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['consolidate', 'main']
 
-# %% ../nbs/08_consolidate.ipynb #e06538a7
+# %% ../nbs/08_consolidate.ipynb #c574f0e4
 import argparse
 import errno
 import json
@@ -14,9 +14,11 @@ import pickle
 import re
 import shutil
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +81,7 @@ def _index(parts: list[_Part], layout: Layout) -> bytes:
     size = sum(part.size - len(part.header) for part in parts)
     return json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1).encode()
 
-# %% ../nbs/08_consolidate.ipynb #0dd06d9a
+# %% ../nbs/08_consolidate.ipynb #e8e7e650
 def _fill(part: _Part, target: int, layout: Layout, dtype: str | None) -> Iterator[int]:
     "Write one file; yields bytes as they are done."
     put(part.header, target, 0)
@@ -103,20 +105,32 @@ def _moves(weights: Iterable[tuple[Weight, int]], target: int) -> Iterator[Move]
             position += piece.size
 
 
+def _show_progress(steps: Iterator[int], size: int, name: str) -> None:
+    "Make all steps, each of so many bytes, and from the second second on show a bar."
+    started, done, bar = time.monotonic(), 0, None
+    for step in steps:
+        done += step
+        if bar is not None:
+            bar.update(step)
+        elif time.monotonic() > started + 1:
+            from tqdm import tqdm
+
+            bar = tqdm(initial=done, total=size, unit="B", unit_scale=True, desc=name)
+    if bar is not None:
+        bar.close()
+
+
 def _write(layout: Layout, out: Path, dtype: str | None, limit: int | None) -> Path:
     "Write the result's file or files; returns the one to open, which for several is their index."
-    from tqdm import tqdm
-
     parts = _parts(layout, out, dtype, limit)
     size = sum(part.size for part in parts)
     if shutil.disk_usage(out.parent).free < size:
         raise OSError(errno.ENOSPC, f"No space for {size:,} bytes", str(out))
     index = out.with_name(f"{out.name}.index.json")
     written = [*(part.path for part in parts), *([index] if parts[1:] else [])]
-    with new_files(*written) as files, tqdm(total=size, unit="B", unit_scale=True, delay=1, desc=out.name) as bar:
-        for part, file in zip(parts, files):
-            for done in _fill(part, file.descriptor, layout, dtype):
-                bar.update(done)
+    with new_files(*written) as files:
+        filled = (_fill(part, file.descriptor, layout, dtype) for part, file in zip(parts, files))
+        _show_progress(chain.from_iterable(filled), size, out.name)
         if parts[1:]:
             put(_index(parts, layout), files[-1].descriptor, 0)
     return written[-1]

@@ -152,7 +152,7 @@ def _check_ranks(folder: Path, paths: Sequence[Path], world_size: int, pattern: 
     if extra := [path for path, rank in zip(paths, ranks) if rank >= world_size]:
         raise ValueError(f"{extra[0]} is left from another save: only {world_size} ranks made this checkpoint.")
 
-# %% ../nbs/06_layout.ipynb #63f2cd45
+# %% ../nbs/06_layout.ipynb #69e7efdb
 def _scalar(value: Any) -> float | None:
     "A number, also where it was saved as a tensor of one float32 element."
     if isinstance(value, StoredTensor) and value.size == 1 and value.dtype == "F32":
@@ -173,6 +173,11 @@ def _progress(optimizer: dict) -> tuple:
     return [{name: value for name, value in group.items() if value is not None} for group in groups], steps
 
 
+def _agree(one: tuple, other: tuple) -> bool:
+    "Whether two ranks were as far. One without parameters of its own counts no steps."
+    return one[:1] == other[:1] and (one[1:] == other[1:] or not all([*one[1:], *other[1:]]))
+
+
 def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The ranks' optimizer states. Raises `ValueError` where one is not of the same save as the first."
     optimizers = []
@@ -185,7 +190,7 @@ def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
             count = optimizers[0].get("partition_count", len(paths))
             _check_ranks(folder, paths, max(count) if isinstance(count, list) else count, _OPTIMIZER)
             expected = _progress(optimizers[0])
-        elif _progress(optimizers[-1]) != expected:
+        elif not _agree(_progress(optimizers[-1]), expected):
             raise ValueError(f"{path} is of another save than {paths[0].name}: steps or learning rates differ.")
     return optimizers
 
