@@ -1,0 +1,300 @@
+"""Real DeepSpeed checkpoints, several a second: CPU ranks that stay, and train and save what they are told.
+
+with DeepSpeedRanks(world_size=2) as ranks:
+    checkpoint = ranks.train(Spec(stage=3, shapes=[(3, 5), (7,)]), tmp_path / "checkpoint")
+    expected = reference(checkpoint)
+"""
+
+import gc
+import importlib
+import io
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+TIMEOUT = 60.0  # seconds that a start, or one checkpoint, may take
+PRELOADED = ["torch", "deepspeed", "lightning.pytorch.strategies", "dlnb.strategy"]
+
+
+@dataclass
+class Spec:
+    "What to train and save. Parameter i of `shapes` is called p<i>."
+
+    stage: int = 3  # of ZeRO; 0: DeepSpeed without ZeRO
+    precision: str = "fp32"  # fp32, bf16 or fp16
+    shapes: list[tuple[int, ...]] = field(default_factory=lambda: [(3, 5), (7,)])
+    groups: list[list[int]] | int | None = None  # the optimizer's, by number of parameter; so many; None: one
+    frozen: list[int] = field(default_factory=list)  # parameters without a gradient
+    tied: bool = False  # the first trained parameter is there again, as "again" and in a module "other"
+    buffers: bool = False  # a float32, a bfloat16, an integer and a boolean one, and one that is not saved
+    offload: bool = False  # the optimizer, to the CPU's memory
+    exclude_frozen: bool = False  # `save_checkpoint(exclude_frozen_parameters=True)`
+    steps: int = 1  # of the optimizer
+    seed: int = 0  # of weights and data
+    lr: float = 0.1
+    tag: str = "step"  # the folder in the checkpoint
+    sub_group_size: int = 8  # stage 3: elements of a rank; a parameter that reaches it ends a sub-group
+    persistence_threshold: int = 0  # stage 3: parameters of fewer elements are kept whole while training
+    round_robin: bool = False  # stage 1 and 2: `round_robin_gradients`, which orders the parameters anew
+    alignment: bool = False  # stage 1 and 2: `parameter_alignment`, with padding between parameters
+    zero_init: bool = False  # stage 3: the model is built inside `deepspeed.zero.Init`
+    fp32_gradients: bool = False  # bf16: `grad_accum_dtype`; stage 1 then has another optimizer, BF16_Optimizer
+
+    def trained(self) -> list[int]:
+        "The numbers of the parameters with a gradient."
+        return [number for number in range(len(self.shapes)) if number not in self.frozen]
+
+    def group_numbers(self) -> list[list[int]]:
+        "The parameters of each of the optimizer's groups."
+        if isinstance(self.groups, int):
+            return [self.trained()[start :: self.groups] for start in range(self.groups)]
+        return [self.trained()] if self.groups is None else self.groups
+
+    def names(self) -> set[str]:
+        "The keys of the model's `state_dict`, without what is left out."
+        parameters = {f"p{i}" for i in range(len(self.shapes)) if not (self.exclude_frozen and i in self.frozen)}
+        tied = {"again", "other.again"} if self.tied else set()
+        return parameters | tied | ({"running", "narrow", "count", "mask"} if self.buffers else set())
+
+
+class Net(torch.nn.Module):
+    "Parameters of any shapes, and the distance to random targets as their loss."
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        generator = torch.Generator().manual_seed(spec.seed)
+        for number, shape in enumerate(spec.shapes):
+            values = torch.randn(shape, generator=generator)
+            self.register_parameter(f"p{number}", torch.nn.Parameter(values, requires_grad=number not in spec.frozen))
+        if spec.tied:
+            self.again = getattr(self, f"p{spec.trained()[0]}")
+            self.other = torch.nn.Module()
+            self.other.again = self.again
+        if spec.buffers:
+            self.register_buffer("running", torch.randn(3, generator=generator))
+            self.register_buffer("narrow", torch.randn(2, 2, generator=generator).bfloat16())
+            self.register_buffer("count", torch.tensor(2**24 + 1))  # the first integer that float32 does not have
+            self.register_buffer("mask", torch.tensor([True, False]))
+            self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+    def forward(self, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        targets = [torch.randn(parameter.shape, generator=generator).to(parameter.dtype) for parameter in trained]
+        return sum((parameter - target).float().square().sum() for parameter, target in zip(trained, targets))
+
+
+def configuration(spec: Spec) -> dict:
+    "DeepSpeed's, with nothing in it that has to be compiled."
+    zero = {
+        "stage": spec.stage,
+        "sub_group_size": spec.sub_group_size,
+        "stage3_param_persistence_threshold": spec.persistence_threshold,
+        "round_robin_gradients": spec.round_robin,
+        "parameter_alignment": spec.alignment,
+    }
+    if spec.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    config["zero_force_ds_cpu_optimizer"] = False
+    if spec.precision != "fp32":
+        config[spec.precision] = {"enabled": True}
+    if spec.precision == "fp16":
+        config["fp16"]["loss_scale"] = 16  # the dynamic one starts so high that it skips the first steps
+    if spec.fp32_gradients:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def build_engine(spec: Spec):
+    "A DeepSpeed engine of a fresh model."
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=configuration(spec), enabled=spec.zero_init and spec.stage == 3):
+        net = Net(spec)
+    groups = [
+        {"params": [getattr(net, f"p{number}") for number in numbers], "lr": spec.lr / (position + 1)}
+        for position, numbers in enumerate(spec.group_numbers())
+    ]
+    optimizer = torch.optim.AdamW(groups, foreach=False)
+    return deepspeed.initialize(model=net, optimizer=optimizer, config=configuration(spec), dist_init_required=False)[0]
+
+
+def train_steps(engine, spec: Spec) -> None:
+    "Raises `RuntimeError` where a loss is not finite or a step was not done: such a checkpoint would test less."
+    for step in range(spec.steps):
+        loss = engine(spec.seed * 1000 + step * 10 + torch.distributed.get_rank())
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss of step {step} is {loss.item()}")
+        engine.backward(loss)
+        engine.step()
+    if engine.global_steps != spec.steps or engine.skipped_steps:
+        raise RuntimeError(f"{engine.global_steps} steps, {engine.skipped_steps} of them skipped, and not {spec.steps}")
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    "A parameter as the optimizer has it, in float32 where it keeps that, gathered from all ranks."
+    import deepspeed
+
+    trained = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if trained is not None:
+        return trained.detach().clone().reshape(getattr(parameter, "ds_shape", parameter.shape))
+    gathered = [parameter] if hasattr(parameter, "ds_id") else []
+    with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+        return parameter.detach().clone()
+
+
+def gathered_state(engine, spec: Spec) -> dict[str, torch.Tensor]:
+    "What a consolidated checkpoint should hold, tied names among it; asked of the live engine, not of its files."
+    named = dict(engine.module.named_parameters(remove_duplicate=False))
+    values = {parameter: whole(parameter) for parameter in engine.module.parameters()}
+    state = {name: values[parameter] for name, parameter in named.items()}
+    buffers = {name: buffer for name, buffer in engine.module.named_buffers() if name in spec.names()}
+    state |= {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in buffers.items()}
+    return {name: value for name, value in state.items() if name in spec.names()}
+
+
+def train(spec: Spec, folder: str) -> None:
+    "What each rank does."
+    engine = build_engine(spec)
+    try:
+        train_steps(engine, spec)
+        engine.save_checkpoint(folder, tag=spec.tag, exclude_frozen_parameters=spec.exclude_frozen)
+        state = gathered_state(engine, spec)
+        if torch.distributed.get_rank() == 0:
+            torch.save(state, Path(folder) / "reference.pt")
+    finally:
+        engine.destroy()
+
+
+def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
+    "The weights that the training had when it saved `checkpoint`."
+    return torch.load(checkpoint / "reference.pt")
+
+
+def join(rank: int, world_size: int, store: str, timeout: float) -> None:
+    "Become a rank of a gloo group, with a DeepSpeed that compiles nothing and is quiet."
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # It says no where the processor has no instructions for it; torch then computes the same in software.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    limits = {"timeout": timedelta(seconds=timeout), "init_method": f"file://{store}"}
+    deepspeed.init_distributed("gloo", False, verbose=False, rank=rank, world_size=world_size, **limits)
+
+
+def serve(rank: int, world_size: int, store: str, timeout: float, pipe) -> None:
+    "A rank's life: what to do comes in, None or an error's traceback goes out. Ends with the test's process."
+    try:
+        join(rank, world_size, store, timeout)
+        gc.freeze()  # the collection after each checkpoint then looks at what this one left, and not at torch
+        pipe.send(None)
+        while job := pipe.recv():
+            with redirect_stdout(io.StringIO()):  # DeepSpeed prints how much memory there is
+                train(*job)
+            gc.collect()
+            pipe.send(None)
+    except (EOFError, BrokenPipeError):
+        pass
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+class DeepSpeedRanks:
+    "Processes that are the ranks of one group, from the first `train` to `close`."
+
+    def __init__(self, world_size: int, timeout: float = TIMEOUT):
+        self.world_size, self.timeout = world_size, timeout
+        self.pipes, self.processes = [], []
+        self._start()
+
+    def _start(self) -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when the server of processes imports deepspeed
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.folder = tempfile.mkdtemp()
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            arguments = (rank, self.world_size, f"{self.folder}/store", self.timeout, there)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self._wait_for_all(self.timeout, "the start")
+
+    def train(self, spec: Spec, folder: Path, timeout: float | None = None) -> Path:
+        """Have the ranks train and save. Returns `folder`.
+
+        Raises `RuntimeError` with the traceback of the rank that failed, or with the exit code of one that died, and
+        `TimeoutError` where they are not done in time. No rank is left then; the next call starts new ones.
+        """
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((spec, str(folder)))
+        self._wait_for_all(timeout or self.timeout, repr(spec))
+        return Path(folder)
+
+    def _wait_for_all(self, timeout: float, doing: str) -> None:
+        "Until every rank has answered None. Otherwise ends all of them and raises."
+        end, failed = time.monotonic() + timeout, {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        while waiting and (ready := wait(list(waiting), max(0, end - time.monotonic()))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                if answer := self._answer(rank):
+                    failed[rank] = answer
+                    end = min(end, time.monotonic() + 0.5)  # the others may say more, as who died first
+        if not waiting and not failed:
+            return
+        self.close()
+        told = "\n".join(f"rank {rank}: {answer}" for rank, answer in sorted(failed.items()))
+        if failed:
+            raise RuntimeError(f"{doing}: {len(failed)} of {self.world_size} ranks failed.\n{told}")
+        raise TimeoutError(f"{doing}: no answer from ranks {sorted(waiting.values())} in {timeout} s; all were ended")
+
+    def _answer(self, rank: int) -> str | None:
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(5)
+            return f"died with exit code {self.processes[rank].exitcode}"
+
+    def close(self) -> None:
+        "End all ranks. Raises `RuntimeError` where one is left."
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+        for pipe in self.pipes:
+            pipe.close()
+        left = [process.pid for process in self.processes if process.exitcode is None]
+        self.pipes, self.processes = [], []
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if left:
+            raise RuntimeError(f"ranks {left} could not be ended")
+
+    def __enter__(self) -> "DeepSpeedRanks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
