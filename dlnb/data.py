@@ -247,11 +247,14 @@ class DataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-# %% ../nbs/01_data.ipynb #221c78f9
+# %% ../nbs/01_data.ipynb #6dec77b4
 def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
     "A rank's share of what a plain, sequential loader loads; anything else as it is."
-    plain = type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler
-    if not plain or type(loader.sampler) is not SequentialSampler:
+    # A loader that was given a batch sampler does not use its `sampler`.
+    batches = loader.batch_sampler if type(loader) is DataLoader else None
+    if type(batches) is not BatchSampler or type(batches.sampler) is not SequentialSampler:
+        return loader
+    if len(batches.sampler) != len(loader.dataset):  # it goes through a part
         return loader
     kept = (
         "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
@@ -259,7 +262,7 @@ def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
     options = {name: getattr(loader, name) for name in kept.split()}
     if loader.num_workers:
         options["prefetch_factor"] = loader.prefetch_factor
-    batch_size = evaluation_batch_size(len(loader.dataset), num_replicas, loader.batch_size)
+    batch_size = evaluation_batch_size(len(loader.dataset), num_replicas, batches.batch_size)
     sampler = EvaluationSampler(loader.dataset, num_replicas, rank)
     return DataLoader(loader.dataset, batch_size=batch_size, sampler=sampler, **options)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'Layout', 'checkpoint_of_run', 'read_layout']
 
-# %% ../nbs/06_layout.ipynb #3e1fcdc0
+# %% ../nbs/06_layout.ipynb #e9792385
 import json
 import math
 import re
@@ -18,9 +18,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from .archive import ITEM_SIZES, Piece, StoredTensor, read_archive
+from .archive import ITEM_SIZES, Foreign, Piece, StoredTensor, read_archive
 
-# %% ../nbs/06_layout.ipynb #6c517d53
+# %% ../nbs/06_layout.ipynb #2c00b8b6
 @dataclass(frozen=True)
 class Weight:
     "A tensor of a model's `state_dict`, and where its bytes are."
@@ -72,6 +72,8 @@ def _stored_layout(tensors: dict[str, Any], values: dict[str, Any]) -> Layout:
     first: dict[tuple, str] = {}
     tied, weights = {}, {}
     for name, tensor in tensors.items():
+        if isinstance(tensor, Foreign) and tensor.origin.startswith(("torch._utils.", "torch._tensor.")):
+            raise ValueError(f"{name} is a tensor of a kind that safetensors does not have: {tensor.origin}.")
         if not isinstance(tensor, StoredTensor):
             continue
         if tensor.size and _place(tensor) in first:

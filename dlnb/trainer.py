@@ -121,7 +121,7 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/15_trainer.ipynb #1bd64f31
+# %% ../nbs/15_trainer.ipynb #cf780bff
 def starting_point(
     config: RunConfig,
 ) -> tuple[RunRecord, Path | None]:  # the run's record, and the checkpoint to go on from
@@ -130,15 +130,16 @@ def starting_point(
     if config.resume == "never":
         folder = _free_folder(folder)
     record = RunRecord.read(folder) if (folder / "run.json").exists() else RunRecord(folder=folder)
-    if record.is_alive and record.pid != os.getpid():
-        raise ValueError(
-            f"{folder} is being trained by process {record.pid} since {record.started}. Wait for it, end it, or give "
-            "resume='never' to train beside it."
-        )
+    _check_nobody_writes(record, "trained", "Wait for it, end it, or give resume='never' to train beside it.")
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
         return record, last
     return record, None if config.resume in ("auto", "never") else Path(config.resume)
+
+
+def _check_nobody_writes(record: RunRecord, what: str, remedy: str) -> None:
+    if record.is_alive and not record.is_own:
+        raise ValueError(f"{record.folder} is being {what} by process {record.pid} since {record.started}. {remedy}")
 
 
 def _free_folder(folder: Path) -> Path:
@@ -261,7 +262,7 @@ def _await_end(record: RunRecord) -> None:
     while (written := RunRecord.read(record.folder)).status == "running" and written.may_be_alive:
         time.sleep(0.1)
 
-# %% ../nbs/15_trainer.ipynb #c05faa51
+# %% ../nbs/15_trainer.ipynb #27bab40c
 def evaluate(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
     predictions: bool = False,  # also predict, where the model defines `predict_step`: one pass more
@@ -296,6 +297,8 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, config.resume)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
+    if record.path.exists():
+        _check_nobody_writes(RunRecord.read(record.folder), "filled", "Wait for it, or end it.")
     with quiet_lightning():
         trainer = _inference_trainer(config, record)
         with _recorded(trainer, record):

@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 TIMEOUT = 60.0  # seconds that a start, or one checkpoint, may take
-PRELOADED = ["torch", "deepspeed", "lightning.pytorch.strategies", "dlnb.strategy"]
+PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"]
 
 
 @dataclass
@@ -63,6 +63,11 @@ class Spec:
             return [self.trained()[start :: self.groups] for start in range(self.groups)]
         return [self.trained()] if self.groups is None else self.groups
 
+    def optimized(self) -> list[int]:
+        "The numbers of the parameters that the optimizer changes; DeepSpeed leaves out those without elements."
+        grouped = {number for group in self.group_numbers() for number in group}
+        return [number for number in self.trained() if number in grouped and math.prod(self.shapes[number])]
+
     def names(self) -> set[str]:
         "The keys of the model's `state_dict`, without what is left out."
         parameters = {f"p{i}" for i in range(len(self.shapes)) if not (self.exclude_frozen and i in self.frozen)}
@@ -78,7 +83,12 @@ class Net(torch.nn.Module):
         generator = torch.Generator().manual_seed(spec.seed)
         for number, shape in enumerate(spec.shapes):
             values = torch.randn(shape, generator=generator)
-            self.register_parameter(f"p{number}", torch.nn.Parameter(values, requires_grad=number not in spec.frozen))
+            parameter = torch.nn.Parameter(values, requires_grad=number not in spec.frozen)
+            if not shape:
+                # DeepSpeed 0.19.8 fails to send a parameter without axes to the other ranks; one with this attribute it
+                # does not send, and the ranks draw the same. In stage 3 there is no way.
+                parameter.ds_optim_param = True
+            self.register_parameter(f"p{number}", parameter)
         if spec.tied:
             self.again = getattr(self, f"p{spec.trained()[0]}")
             self.other = torch.nn.Module()
@@ -145,43 +155,72 @@ def train_steps(engine, spec: Spec) -> None:
         raise RuntimeError(f"{engine.global_steps} steps, {engine.skipped_steps} of them skipped, and not {spec.steps}")
 
 
-def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    "A parameter as the optimizer has it, in float32 where it keeps that, gathered from all ranks."
+def in_compute_type(parameter: torch.nn.Parameter) -> torch.Tensor:
+    "A parameter as the model computes with it, gathered from the ranks in stage 3."
     import deepspeed
 
-    trained = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-    if trained is not None:
-        return trained.detach().clone().reshape(getattr(parameter, "ds_shape", parameter.shape))
-    gathered = [parameter] if hasattr(parameter, "ds_id") else []
-    with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().clone()
 
 
-def gathered_state(engine, spec: Spec) -> dict[str, torch.Tensor]:
-    "What a consolidated checkpoint should hold, tied names among it; asked of the live engine, not of its files."
-    named = dict(engine.module.named_parameters(remove_duplicate=False))
-    values = {parameter: whole(parameter) for parameter in engine.module.parameters()}
-    state = {name: values[parameter] for name, parameter in named.items()}
-    buffers = {name: buffer for name, buffer in engine.module.named_buffers() if name in spec.names()}
-    state |= {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in buffers.items()}
+def flat_masters(optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The float32 weights of stage 1 and 2. (DeepSpeed's own `safe_get_full_fp32_param` takes them from wrong places under
+    `round_robin_gradients`.)
+    """
+    masters, groups = {}, zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets)
+    for (parameters, offsets), part in zip(groups, optimizer.single_partition_of_fp32_groups):
+        parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, part.detach())
+        flat = torch.cat(parts)
+        for parameter, offset in zip(parameters, offsets):
+            masters[parameter] = flat[offset : offset + parameter.numel()].view(parameter.shape)
+    return masters
+
+
+def masters(engine, spec: Spec) -> dict[torch.nn.Parameter, torch.Tensor]:
+    "The float32 weights that ZeRO's optimizer keeps of the parameters that it trains."
+    import deepspeed
+
+    if spec.stage == 0:
+        return {}
+    if hasattr(engine.optimizer, "round_robin_bit16_groups"):
+        return flat_masters(engine.optimizer)
+    trained = [getattr(engine.module, f"p{number}") for number in spec.optimized()]
+    whole = {parameter: deepspeed.utils.safe_get_full_fp32_param(parameter).detach() for parameter in trained}
+    return {
+        parameter: value.reshape(getattr(parameter, "ds_shape", parameter.shape)) for parameter, value in whole.items()
+    }
+
+
+def live_state(engine, spec: Spec) -> dict[str, torch.Tensor]:
+    """What a consolidated checkpoint should hold, tied names among it, asked of the live engine and not of its files.
+
+    Raises `RuntimeError` where the float32 weights are not those that the model computes with.
+    """
+    values = {parameter: in_compute_type(parameter) for parameter in engine.module.parameters()}
+    for parameter, master in masters(engine, spec).items():
+        if not torch.equal(master.to(parameter.dtype), values[parameter]):
+            raise RuntimeError("the optimizer's weights are not the model's")
+        values[parameter] = master.clone()
+    state = {name: values[weight] for name, weight in engine.module.named_parameters(remove_duplicate=False)}
+    for name, buffer in engine.module.named_buffers():
+        state[name] = buffer.float() if buffer.is_floating_point() and spec.stage else buffer
     return {name: value for name, value in state.items() if name in spec.names()}
 
 
 def train(spec: Spec, folder: str) -> None:
     "What each rank does."
     engine = build_engine(spec)
-    try:
-        train_steps(engine, spec)
-        engine.save_checkpoint(folder, tag=spec.tag, exclude_frozen_parameters=spec.exclude_frozen)
-        state = gathered_state(engine, spec)
-        if torch.distributed.get_rank() == 0:
-            torch.save(state, Path(folder) / "reference.pt")
-    finally:
-        engine.destroy()
+    train_steps(engine, spec)
+    engine.save_checkpoint(folder, tag=spec.tag, exclude_frozen_parameters=spec.exclude_frozen)
+    state = live_state(engine, spec)
+    if torch.distributed.get_rank() == 0:
+        torch.save(state, Path(folder) / "reference.pt")
+    engine.destroy()
 
 
 def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
-    "The weights that the training had when it saved `checkpoint`."
+    "The weights that the ranks had when they saved `checkpoint`: float32 where ZeRO trained them. DeepSpeed's names and types."
     return torch.load(checkpoint / "reference.pt")
 
 
@@ -206,16 +245,17 @@ def serve(rank: int, world_size: int, store: str, timeout: float, pipe) -> None:
     "A rank's life: what to do comes in, None or an error's traceback goes out. Ends with the test's process."
     try:
         join(rank, world_size, store, timeout)
-        gc.freeze()  # the collection after each checkpoint then looks at what this one left, and not at torch
         pipe.send(None)
+        gc.freeze()
         while job := pipe.recv():
             with redirect_stdout(io.StringIO()):  # DeepSpeed prints how much memory there is
                 train(*job)
             gc.collect()
+            gc.freeze()  # DeepSpeed's stage 3 keeps its engines, 0.1 MB each: let no later collection go through them
             pipe.send(None)
     except (EOFError, BrokenPipeError):
         pass
-    except BaseException:
+    except Exception:
         pipe.send(traceback.format_exc())
 
 
@@ -251,7 +291,8 @@ class DeepSpeedRanks:
         if not self.processes:
             self._start()
         for pipe in self.pipes:
-            pipe.send((spec, str(folder)))
+            with suppress(OSError):  # of a rank that died meanwhile: the wait says so
+                pipe.send((spec, str(folder)))
         self._wait_for_all(timeout or self.timeout, repr(spec))
         return Path(folder)
 
@@ -276,7 +317,7 @@ class DeepSpeedRanks:
     def _answer(self, rank: int) -> str | None:
         try:
             return self.pipes[rank].recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.processes[rank].join(5)
             return f"died with exit code {self.processes[rank].exitcode}"
 
@@ -293,7 +334,7 @@ class DeepSpeedRanks:
         if left:
             raise RuntimeError(f"ranks {left} could not be ended")
 
-    def __enter__(self) -> "DeepSpeedRanks":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
