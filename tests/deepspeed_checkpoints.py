@@ -1,7 +1,9 @@
-"""Real DeepSpeed checkpoints, several a second: CPU ranks that stay, and train and save what they are told.
+"""Real DeepSpeed checkpoints, many a second: CPU ranks that stay, and train and save what they are told.
 
-with DeepSpeedRanks(world_size=2) as ranks:
-    checkpoint = ranks.train(Spec(stage=3, shapes=[(3, 5), (7,)]), tmp_path / "checkpoint")
+In a test:
+
+    with DeepSpeedRanks(world_size=2) as ranks:
+        checkpoint = ranks.train(Spec(stage=3, shapes=[(3, 5), (7,)]), tmp_path / "checkpoint")
     expected = reference(checkpoint)
 """
 
@@ -25,7 +27,6 @@ from pathlib import Path
 
 import torch
 
-TIMEOUT = 60.0  # seconds that a start, or one checkpoint, may take
 PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"]
 
 
@@ -86,7 +87,7 @@ class Net(torch.nn.Module):
             parameter = torch.nn.Parameter(values, requires_grad=number not in spec.frozen)
             if not shape:
                 # DeepSpeed 0.19.8 fails to send a parameter without axes to the other ranks; one with this attribute it
-                # does not send, and the ranks draw the same. In stage 3 there is no way.
+                # does not send, and the ranks draw the same. In stage 3, and in fp32 without ZeRO, it still fails.
                 parameter.ds_optim_param = True
             self.register_parameter(f"p{number}", parameter)
         if spec.tied:
@@ -164,17 +165,18 @@ def in_compute_type(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def flat_masters(optimizer) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """The float32 weights of stage 1 and 2. (DeepSpeed's own `safe_get_full_fp32_param` takes them from wrong places under
-    `round_robin_gradients`.)
+    """The float32 weights of stage 1 and 2, from all ranks.
+
+    DeepSpeed's own `safe_get_full_fp32_param` takes them from wrong places under `round_robin_gradients`.
     """
-    masters, groups = {}, zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets)
+    found, groups = {}, zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets)
     for (parameters, offsets), part in zip(groups, optimizer.single_partition_of_fp32_groups):
         parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, part.detach())
         flat = torch.cat(parts)
         for parameter, offset in zip(parameters, offsets):
-            masters[parameter] = flat[offset : offset + parameter.numel()].view(parameter.shape)
-    return masters
+            found[parameter] = flat[offset : offset + parameter.numel()].view(parameter.shape)
+    return found
 
 
 def masters(engine, spec: Spec) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -220,12 +222,13 @@ def train(spec: Spec, folder: str) -> None:
 
 
 def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
-    "The weights that the ranks had when they saved `checkpoint`: float32 where ZeRO trained them. DeepSpeed's names and types."
+    "The weights that the ranks had when they saved `checkpoint`: in float32 where ZeRO trained them."
     return torch.load(checkpoint / "reference.pt")
 
 
 def join(rank: int, world_size: int, store: str, timeout: float) -> None:
     "Become a rank of a gloo group, with a DeepSpeed that compiles nothing and is quiet."
+    os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -253,16 +256,20 @@ def serve(rank: int, world_size: int, store: str, timeout: float, pipe) -> None:
             gc.collect()
             gc.freeze()  # DeepSpeed's stage 3 keeps its engines, 0.1 MB each: let no later collection go through them
             pipe.send(None)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass
     except Exception:
         pipe.send(traceback.format_exc())
 
 
 class DeepSpeedRanks:
-    "Processes that are the ranks of one group, from the first `train` to `close`."
+    "Processes that are the ranks of one group, until `close`."
 
-    def __init__(self, world_size: int, timeout: float = TIMEOUT):
+    def __init__(
+        self,
+        world_size: int,
+        timeout: float = 60.0,  # seconds that a start, or one checkpoint, may take
+    ):
         self.world_size, self.timeout = world_size, timeout
         self.pipes, self.processes = [], []
         self._start()
@@ -297,7 +304,20 @@ class DeepSpeedRanks:
         return Path(folder)
 
     def _wait_for_all(self, timeout: float, doing: str) -> None:
-        "Until every rank has answered None. Otherwise ends all of them and raises."
+        "Until every rank has answered None. Otherwise, an interrupt among it, ends all of them and raises."
+        try:
+            failed, silent = self._answers(timeout)
+            told = "\n".join(f"rank {rank}: {answer}" for rank, answer in sorted(failed.items()))
+            if failed:
+                raise RuntimeError(f"{doing}: {len(failed)} of {self.world_size} ranks failed.\n{told}")
+            if silent:
+                raise TimeoutError(f"{doing}: no answer from ranks {silent} in {timeout} s; all were ended")
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self, timeout: float) -> tuple[dict[int, str], list[int]]:
+        "What the ranks that failed say, and the ranks that say nothing."
         end, failed = time.monotonic() + timeout, {}
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         while waiting and (ready := wait(list(waiting), max(0, end - time.monotonic()))):
@@ -305,14 +325,8 @@ class DeepSpeedRanks:
                 rank = waiting.pop(pipe)
                 if answer := self._answer(rank):
                     failed[rank] = answer
-                    end = min(end, time.monotonic() + 0.5)  # the others may say more, as who died first
-        if not waiting and not failed:
-            return
-        self.close()
-        told = "\n".join(f"rank {rank}: {answer}" for rank, answer in sorted(failed.items()))
-        if failed:
-            raise RuntimeError(f"{doing}: {len(failed)} of {self.world_size} ranks failed.\n{told}")
-        raise TimeoutError(f"{doing}: no answer from ranks {sorted(waiting.values())} in {timeout} s; all were ended")
+                    end = min(end, time.monotonic() + 0.5)  # the first to fail need not be the first to say so
+        return failed, sorted(waiting.values())
 
     def _answer(self, rank: int) -> str | None:
         try:
