@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .archive import ITEM_SIZES, TORCH_DTYPES, Foreign, Piece, StoredTensor, read_archive
+from .archive import ITEM_SIZES, TORCH_DTYPES, Foreign, StoredTensor, read_archive
 from .errors import unknown
 from .layout import Layout, Weight, read_layout
 from .transfer import CASTABLE, DTYPES, Move, arrays, move_all, new_files, put, write_cast

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Weight', 'Layout', 'checkpoint_of_run', 'read_layout']
 
-# %% ../nbs/06_layout.ipynb #e9792385
+# %% ../nbs/06_layout.ipynb #a7958461
 import json
 import math
 import re
 import struct
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -295,7 +296,7 @@ def _tied_names(model: dict, weights: dict[str, Weight]) -> dict[str, str]:
             tied[name] = owner[0]
     return {name: to for name, to in tied.items() if to in weights}
 
-# %% ../nbs/06_layout.ipynb #b893fdcc
+# %% ../nbs/06_layout.ipynb #e9f611cc
 def _read_models(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The model states, of all ranks where each has a part of frozen parameters, else the first alone."
     models = []
@@ -309,6 +310,13 @@ def _read_models(folder: Path, paths: Sequence[Path]) -> list[dict]:
         if not values.get("frozen_param_fragments"):
             break
     return models
+
+
+def _warn_of_unsaved(folder: Path, names: set[str]) -> None:
+    "Stage 3 saves a trainable parameter only where an optimizer has it."
+    if names:
+        why = "no optimizer had them, or they are further names of a weight that is here"
+        warnings.warn(f"{folder} has nothing under {', '.join(sorted(names))}: {why}. They are left out.", stacklevel=2)
 
 
 def _read_zero(folder: Path) -> Layout:
@@ -337,6 +345,9 @@ def _assemble(folder: Path) -> Layout:
     weights |= _frozen_weights(models) if cut else {}
     tied = _tied_names(models[0], weights)
     stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not cut)
+    _warn_of_unsaved(
+        folder, models[0]["module"].keys() - weights.keys() - tied.keys() - stored.weights.keys() - stored.tied.keys()
+    )
     return Layout(weights | stored.weights, tied | stored.tied, models[0])
 
 # %% ../nbs/06_layout.ipynb #f33cf617

@@ -151,6 +151,13 @@ def test_frozen_parameters_and_a_model_without_zero_are_what_the_model_has(ranks
     assert_equal_bytes(by_dlnb(checkpoint, tmp_path / "model.safetensors"), reference(checkpoint))
 
 
+def test_a_parameter_that_stage_3_did_not_save_is_named(ranks, tmp_path):
+    checkpoint = ranks(2).train(Spec(stage=3, shapes=ODD[:3], groups=[[0, 2]]), tmp_path / "checkpoint")
+    with pytest.warns(UserWarning, match="has nothing under p1: no optimizer had them"):
+        found = load_file(consolidate(checkpoint, tmp_path / "model.safetensors"))
+    assert found.keys() == {"p0", "p2"}
+
+
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
     "A checkpoint of stage 3 and one of stage 2, both of two ranks, and one of stage 3 a step later."

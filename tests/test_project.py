@@ -103,6 +103,7 @@ def test_a_notebook_shows_its_outputs_and_no_error(path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert all(len(output.get("text", "")) < 6000 for output in outputs), "a wall of log"
+    assert not [output for output in outputs if "site-packages" in output.get("text", "")], "a warning of some library"
     assert str(REPOSITORY) not in path.read_text()
 
 
