@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -370,6 +371,16 @@ def test_a_disk_without_room_is_told_before_a_byte_is_written(large, tmp_path):
         assert raised.value.filename == str(room / "model.safetensors") and list(room.iterdir()) == []
     finally:
         subprocess.run(["umount", room], check=True)
+
+
+def test_from_a_filesystem_that_the_kernel_does_not_copy_from(saved, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other filesystem in memory")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        checkpoint = shutil.copytree(saved["three"], Path(folder) / "in")
+        found = by_dlnb(checkpoint, tmp_path / "model.safetensors")
+    assert_equal_bytes(found, by_dlnb(saved["three"], tmp_path / "expected.safetensors"))
 
 
 def test_a_kill_in_the_middle_leaves_nothing_that_stands_in_the_way(large, tmp_path):
