@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import INFER, OPTIMIZERS, TRAIN
+from conftest import INFER, OPTIMIZERS
 from safetensors.torch import load_file
 
 from dlnb.config import RunConfig
@@ -242,9 +241,3 @@ def test_a_lightning_checkpoint_made_of_shards_opens_with_load_from_checkpoint(t
     model, expected = DigitsNet.load_from_checkpoint(path), load_file(trained.folder / "model.safetensors")
     assert model.hparams.width == 32 and model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-def test_training_and_inference_of_the_readme_follow_one_another(train):
-    readme = (TRAIN.parents[2] / "README.md").read_text()
-    assert "nbs/workflows/infer.ipynb out.ipynb --engine dlnb -p run runs/" in readme
-    assert {cell.cell_type for cell in nbformat.read(INFER, 4).cells} == {"code", "markdown"}

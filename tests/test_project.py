@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import re
 import shutil
@@ -168,7 +169,7 @@ def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path):
     assert '"finished"' in record.read_text()
 
 
-def test_the_first_command_of_the_readme_gives_what_it_promises(tmp_path):
+def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
     readme = (REPOSITORY / "README.md").read_text()
     (command,) = re.findall(r"^    pip install -e \. && (papermill .*)$", readme, flags=re.MULTILINE)
     (tmp_path / "nbs").symlink_to(REPOSITORY / "nbs")
@@ -180,6 +181,12 @@ def test_the_first_command_of_the_readme_gives_what_it_promises(tmp_path):
     outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html"} <= kinds
+
+    (second,) = re.findall(r"^    (papermill nbs/workflows/infer.ipynb .*)$", readme, flags=re.MULTILINE)
+    done = run("bash", "-c", second, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = (tmp_path / "runs").rglob("metrics.json")
+    assert json.loads(metrics.read_text())["test_acc"] >= 0.97 and metrics.with_name("predictions.parquet").is_file()
 
 
 def test_the_readme_maps_every_notebook():
