@@ -308,8 +308,10 @@ def test_a_checkpoint_of_fsdp_goes_through_torch(tmp_path):
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     (tmp_path / "sharded.py").write_text(SHARDED)
-    started = [subprocess.Popen([sys.executable, "sharded.py", str(rank)], cwd=tmp_path) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    options = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, "sharded.py", str(rank)], **options) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "".join(errors)
     dcp_to_torch_save(tmp_path / "sharded.ckpt", tmp_path / "reference.pt")
     expected = torch.load(tmp_path / "reference.pt")["model"]
     assert_equal_bytes(load_file(consolidate(tmp_path / "sharded.ckpt", tmp_path / "model.safetensors")), expected)
