@@ -68,7 +68,7 @@ class Archive:
         begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         return Piece(self.path, begin + offset, size)
 
-# %% ../nbs/05_archive.ipynb #e3d466d2
+# %% ../nbs/05_archive.ipynb #8096bc5c
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
 ITEM_SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
@@ -110,11 +110,15 @@ class StoredTensor:
             0, 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides)) if self.size else 0
         )
 
-    def _bytes(self, start: int, stop: int) -> Piece:
+    def check_dtype(self) -> None:
+        "Raise `ValueError` for a dtype that safetensors does not have."
         if self.dtype not in ITEM_SIZES:
             raise ValueError(
                 f"{self.archive.path}: a tensor of {self.dtype}; safetensors knows {', '.join(ITEM_SIZES)}."
             )
+
+    def _bytes(self, start: int, stop: int) -> Piece:
+        self.check_dtype()
         width = ITEM_SIZES[self.dtype]
         return self.archive.piece(self.key, (self.offset + start) * width, (stop - start) * width)
 

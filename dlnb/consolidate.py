@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['consolidate', 'main']
 
-# %% ../nbs/08_consolidate.ipynb #c574f0e4
+# %% ../nbs/08_consolidate.ipynb #e782017a
 import argparse
 import errno
 import json
@@ -27,7 +27,7 @@ from .errors import unknown
 from .layout import Layout, Weight, read_layout
 from .transfer import CASTABLE, DTYPES, Move, arrays, move_all, new_files, put, write_cast
 
-# %% ../nbs/08_consolidate.ipynb #1ab790f0
+# %% ../nbs/08_consolidate.ipynb #003a637f
 class _Part(NamedTuple):
     "One safetensors file of the result."
 
@@ -48,7 +48,8 @@ def _written_size(weight: Weight, dtype: str | None) -> int:
 
 
 def _part(path: Path, names: list[str], layout: Layout, dtype: str | None) -> _Part:
-    tied = {name: to for name, to in layout.tied.items() if to in set(names)}
+    here = set(names)
+    tied = {name: to for name, to in layout.tied.items() if to in here}
     header, end = {"__metadata__": {"format": "pt"} | tied}, 0
     for name in names:
         weight, begin = layout.weights[name], end
@@ -215,7 +216,7 @@ def _readable(checkpoint: Path, out: Path) -> Iterator[Layout]:
     finally:
         gathered.unlink(missing_ok=True)
 
-# %% ../nbs/08_consolidate.ipynb #710901a4
+# %% ../nbs/08_consolidate.ipynb #3344ea1d
 _LEFT_BEHIND = set(
     "state_dict module optimizer optimizer_states lr_scheduler lr_schedulers param_shapes frozen_param_shapes shared_params "
     "frozen_param_fragments buffer_names sparse_tensor_module_names csr_tensor_module_names ds_config ds_version data_sampler "
@@ -268,8 +269,8 @@ def _write_lightning(layout: Layout, out: Path, dtype: str | None, checkpoint: P
         _write(layout, weights, dtype, limit=None)
         state = load_file(weights)  # memory-mapped
         content["state_dict"] = state | {name: state[to] for name, to in layout.tied.items()}
-        with new_files(out) as (file,), os.fdopen(os.dup(file.descriptor), "wb") as target:
-            torch.save(content, target)
+        with new_files(out) as (file,):
+            torch.save(content, file.temporary)
     finally:
         weights.unlink(missing_ok=True)
     return out

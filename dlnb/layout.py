@@ -21,7 +21,7 @@ from typing import Any
 
 from .archive import ITEM_SIZES, Foreign, Piece, StoredTensor, read_archive
 
-# %% ../nbs/06_layout.ipynb #2c00b8b6
+# %% ../nbs/06_layout.ipynb #3e1030e0
 @dataclass(frozen=True)
 class Weight:
     "A tensor of a model's `state_dict`, and where its bytes are."
@@ -49,18 +49,11 @@ class Layout:
 
 
 def _stored(tensor: StoredTensor) -> Weight:
-    "A tensor that stands in one file."
-    _check_dtype(tensor)
+    "A tensor that stands in one file. Raises `ValueError` for a dtype that safetensors does not have."
+    tensor.check_dtype()
     if tensor.is_contiguous:
         return Weight(tensor.dtype, tensor.shape, lambda: iter([tensor.piece()]))
     return Weight(tensor.dtype, tensor.shape, lambda: iter(()), strided=tensor)
-
-
-def _check_dtype(tensor: StoredTensor) -> None:
-    if tensor.dtype not in ITEM_SIZES:
-        raise ValueError(
-            f"{tensor.archive.path}: a tensor of {tensor.dtype}; safetensors knows {', '.join(ITEM_SIZES)}."
-        )
 
 
 def _place(tensor: StoredTensor) -> tuple:
@@ -93,13 +86,15 @@ def _read_torch_file(path: Path) -> Layout:
         return _stored_layout(values, {})
     raise ValueError(f"{path} is no checkpoint of weights: it holds no 'state_dict', nor tensors by name.")
 
-# %% ../nbs/06_layout.ipynb #ce6798ae
+# %% ../nbs/06_layout.ipynb #7acbd676
 def _read_safetensors(path: Path) -> Layout:
     total = path.stat().st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if 8 + length <= total else None
+            if 8 + length > total:
+                raise ValueError("its header is not all there")
+            header = json.loads(file.read(length))
         tied = {name: to for name, to in header.pop("__metadata__", {}).items() if to in header}
         weights = {}
         for name, entry in header.items():
@@ -155,7 +150,7 @@ def _check_ranks(folder: Path, paths: Sequence[Path], world_size: int, pattern: 
     if extra := [path for path, rank in zip(paths, ranks) if rank >= world_size]:
         raise ValueError(f"{extra[0]} is left from another save: only {world_size} ranks made this checkpoint.")
 
-# %% ../nbs/06_layout.ipynb #69e7efdb
+# %% ../nbs/06_layout.ipynb #78d7ecdb
 def _scalar(value: Any) -> float | None:
     "A number, also where it was saved as a tensor of one float32 element."
     if isinstance(value, StoredTensor) and value.size == 1 and value.dtype == "F32":
@@ -181,21 +176,26 @@ def _agree(one: tuple, other: tuple) -> bool:
     return one[:1] == other[:1] and (one[1:] == other[1:] or not all([*one[1:], *other[1:]]))
 
 
+def _read_states(path: Path, key: str, otherwise: str) -> dict:
+    "What a `_states.pt` holds. Raises `ValueError`, saying what is wrong `otherwise`, unless there is a dictionary under `key`."
+    values = read_archive(path)
+    if not isinstance(values, dict) or not isinstance(values.get(key), dict):
+        raise ValueError(f"{path} {otherwise}")
+    return values
+
+
 def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The ranks' optimizer states. Raises `ValueError` where one is not of the same save as the first."
-    optimizers = []
-    for path in paths:
-        values = read_archive(path)
-        if not isinstance(values, dict) or not isinstance(values.get("optimizer_state_dict"), dict):
-            raise ValueError(f"{path} is no shard of a ZeRO checkpoint: it has no optimizer_state_dict.")
-        optimizers.append(values["optimizer_state_dict"])
-        if not optimizers[1:]:
-            count = optimizers[0].get("partition_count", len(paths))
-            _check_ranks(folder, paths, max(count) if isinstance(count, list) else count, _OPTIMIZER)
-            expected = _progress(optimizers[0])
-        elif not _agree(_progress(optimizers[-1]), expected):
+    otherwise = "is no shard of a ZeRO checkpoint: it has no optimizer_state_dict."
+    shards = [_read_states(path, "optimizer_state_dict", otherwise) for path in paths]
+    first, *others = [shard["optimizer_state_dict"] for shard in shards]
+    count = first.get("partition_count", len(paths))
+    _check_ranks(folder, paths, max(count) if isinstance(count, list) else count, _OPTIMIZER)
+    expected = _progress(first)
+    for path, optimizer in zip(paths[1:], others):
+        if not _agree(_progress(optimizer), expected):
             raise ValueError(f"{path} is of another save than {paths[0].name}: steps or learning rates differ.")
-    return optimizers
+    return [first, *others]
 
 # %% ../nbs/06_layout.ipynb #26fd7443
 class _Vector:
@@ -235,24 +235,30 @@ def _flat_weights(folder: Path, optimizers: list[dict], model: dict) -> dict[str
             )
     return weights
 
-# %% ../nbs/06_layout.ipynb #5f1596e5
-def _cut(parts: Sequence[_Vector], offset: int, length: int, size: int) -> Iterator[Piece]:
-    "A parameter of `size` elements, of which each rank has `length` from its `offset` on."
-    for rank, part in enumerate(parts):
-        here = min(length, size - rank * length)
-        if here > 0:
-            yield from part.cut(offset, offset + here)
+# %% ../nbs/06_layout.ipynb #a1d83a2a
+def _share(shape: Sequence[int], ranks: int) -> int:
+    "Elements of a parameter that each rank has, the last with padding."
+    return math.ceil(math.prod(shape) / ranks)
+
+
+def _cut_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> Weight:
+    "A parameter of which each rank has its share from `offset` on."
+    size, length = math.prod(shape), _share(shape, len(parts))
+
+    def pieces() -> Iterator[Piece]:
+        for rank, part in enumerate(parts):
+            yield from part.cut(offset, offset + min(length, max(0, size - rank * length)))
+
+    return Weight(parts[0].dtype, tuple(shape), pieces)
 
 
 def _cut_weights(folder: Path, optimizers: list[dict], model: dict) -> dict[str, Weight]:
     vectors = [_Vector(optimizer["fp32_flat_groups"]) for optimizer in optimizers]
-    shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     weights, offset = {}, 0
     for name, shape in shapes.items():
-        size = math.prod(shape)
-        length = math.ceil(size / len(vectors))
-        weights[name] = Weight(vectors[0].dtype, shape, partial(_cut, vectors, offset, length, size))
-        offset += length
+        weights[name] = _cut_weight(vectors, offset, shape)
+        offset += _share(shape, len(vectors))
     for rank, vector in enumerate(vectors):
         if vector.size != offset:
             raise ValueError(
@@ -260,15 +266,13 @@ def _cut_weights(folder: Path, optimizers: list[dict], model: dict) -> dict[str,
             )
     return weights
 
-# %% ../nbs/06_layout.ipynb #3fd284fe
+# %% ../nbs/06_layout.ipynb #7fa124d0
 def _frozen_weights(models: list[dict]) -> dict[str, Weight]:
     "The frozen parameters of stage 3, which each rank keeps its part of."
     weights = {}
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         parts = [_Vector([model["frozen_param_fragments"][name]]) for model in models]
-        size = math.prod(shape)
-        pieces = partial(_cut, parts, 0, math.ceil(size / len(parts)), size)
-        weights[name] = Weight(parts[0].dtype, tuple(shape), pieces)
+        weights[name] = _cut_weight(parts, 0, shape)
     return weights
 
 
@@ -296,14 +300,12 @@ def _tied_names(model: dict, weights: dict[str, Weight]) -> dict[str, str]:
             tied[name] = owner[0]
     return {name: to for name, to in tied.items() if to in weights}
 
-# %% ../nbs/06_layout.ipynb #e9f611cc
+# %% ../nbs/06_layout.ipynb #3e2ea1e8
 def _read_models(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The model states, of all ranks where each has a part of frozen parameters, else the first alone."
     models = []
     for path in paths:
-        values = read_archive(path)
-        if not isinstance(values, dict) or not isinstance(values.get("module"), dict):
-            raise ValueError(f"{path} holds no model states of DeepSpeed: it has no 'module'.")
+        values = _read_states(path, "module", "holds no model states of DeepSpeed: it has no 'module'.")
         if models and values.get("global_steps") != models[0].get("global_steps"):
             raise ValueError(f"{path} is of another save than {paths[0].name}: their steps differ.")
         models.append(values)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'GROUP_BYTES', 'STRETCH_BYTES', 'FILES_AT_ONCE', 'PredictionWriter', 'merge_predictions']
 
-# %% ../nbs/13_predictions.ipynb #77a77bdf
+# %% ../nbs/13_predictions.ipynb #31ac845c
 import math
 import os
 import re
@@ -22,6 +22,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
+
+from .transfer import new_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -520,16 +522,7 @@ def _parts(
             )
     return list(schemas), columns
 
-# %% ../nbs/13_predictions.ipynb #a36acc02
-def _to_disk(path: Path) -> None:
-    "Wait until a file, or the names in a folder, would survive a power cut."
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-# %% ../nbs/13_predictions.ipynb #bd53bd70
+# %% ../nbs/13_predictions.ipynb #41a0585c
 def merge_predictions(
     folder: str | Path,  # that the PredictionWriters of all ranks wrote to
     num_samples: int | None = None,  # in the dataset; None for as many as were predicted
@@ -542,14 +535,10 @@ def merge_predictions(
 
     folder = Path(folder)
     paths, columns = _parts(folder / ".predictions")
-    table, unfinished = folder / "predictions.parquet", folder / ".predictions" / "predictions.unfinished"
-    with pq.ParquetWriter(unfinished, columns) as file:
+    with new_files(folder / "predictions.parquet") as (table,), pq.ParquetWriter(table.temporary, columns) as file:
         groups = _Pieces(file.write_table, GROUP_BYTES)
         for rows in _each_once(_merged(_few_in_order(paths)), num_samples):
             groups.write(rows)
         groups.flush()
-    _to_disk(unfinished)
-    unfinished.replace(table)
-    _to_disk(folder)
     shutil.rmtree(folder / ".predictions")
-    return table
+    return table.path

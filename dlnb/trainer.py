@@ -6,8 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'build_trainer', 'starting_point', 'is_finished',
            'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/15_trainer.ipynb #f8c0a8b7
-import json
+# %% ../nbs/15_trainer.ipynb #80e1f804
 import logging
 import os
 import sys
@@ -33,7 +32,7 @@ from .optim import provide_optimizers
 from .plots import confusion_matrix
 from .predictions import PredictionWriter, merge_predictions
 from .strategy import build_strategy
-from .track import RunRecord, wandb_logger
+from .track import RunRecord, wandb_logger, write_json
 from .weights import check_weights, inference_config
 
 # %% ../nbs/15_trainer.ipynb #7232c30c
@@ -69,7 +68,7 @@ def checkpoint_callbacks(
         callbacks.append(ModelCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
     return callbacks
 
-# %% ../nbs/15_trainer.ipynb #589d7dbf
+# %% ../nbs/15_trainer.ipynb #453888db
 def build_trainer(
     config: RunConfig,
     record: RunRecord,  # its folder takes the checkpoints and the metrics
@@ -83,24 +82,32 @@ def build_trainer(
         callbacks.append(CheckMonitor(config.monitor))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
-    if config.trainer_args.get("enable_progress_bar", True):
-        callbacks.append(progress_bar())
     metrics = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=config.log_every_n_steps)
     tags = [settings.strategy, settings.precision, *config.tags]
     online = wandb_logger(record, config.project(record.mode), tags, config.hash)
-    shared = "accelerator devices num_nodes precision max_epochs max_steps log_every_n_steps"
-    shared += " accumulate_grad_batches gradient_clip_val"
+    shared = "max_epochs max_steps log_every_n_steps accumulate_grad_batches gradient_clip_val"
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in shared.split()}
     arguments |= {
-        "strategy": _trainer_strategy(config),
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
-        "callbacks": callbacks + checkpoint_callbacks(config, folder),
         "logger": [metrics] if online is None else [metrics, online],
-        "default_root_dir": folder,
-        "enable_model_summary": False,  # the record counts the parameters
         "enable_autolog_hparams": False,  # the record holds the settings
     }
-    trainer = Trainer(**arguments | config.trainer_args)
+    return _make_trainer(config, folder, callbacks + checkpoint_callbacks(config, folder), **arguments)
+
+
+def _make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **arguments: Any) -> Trainer:
+    "A Trainer on the devices of the settings, with what training and inference have in common."
+    settings = config.resolved
+    shared = {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "precision")}
+    shared |= {
+        "strategy": _trainer_strategy(config),
+        "callbacks": callbacks,
+        "default_root_dir": folder,
+        "enable_model_summary": False,  # the record counts the parameters
+    }
+    if config.trainer_args.get("enable_progress_bar", True):
+        callbacks.append(progress_bar())
+    trainer = Trainer(**shared | arguments | config.trainer_args)
     average_integers_exactly(trainer.strategy)
     return trainer
 
@@ -159,7 +166,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/15_trainer.ipynb #cbbfcb2e
+# %% ../nbs/15_trainer.ipynb #f3065676
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -213,9 +220,7 @@ def fit(
             _leave_group()
             if trainer.is_global_zero:
                 _keep_weights(record)
-        if not trainer.is_global_zero:
-            _await_end(record)
-    return record
+        return record if trainer.is_global_zero else _await_end(record)
 
 
 def _recorder(trainer: Trainer) -> RunRecorder:
@@ -236,7 +241,7 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
             record.end(error)
             record.write()
 
-# %% ../nbs/15_trainer.ipynb #ee9f4819
+# %% ../nbs/15_trainer.ipynb #83e16662
 def _leave_group() -> None:
     "End the process group, on all ranks. The next one meets at another port: what the first one left in its store misleads it."
     from torch import distributed
@@ -257,12 +262,13 @@ def _keep_weights(record: RunRecord) -> None:
         record.weights = consolidate(record.folder / kept, record.folder / "model.safetensors", overwrite=True).name
 
 
-def _await_end(record: RunRecord) -> None:
-    "Wait until rank 0 has written that the run has ended, or is seen to have died."
+def _await_end(record: RunRecord) -> RunRecord:
+    "The record as rank 0 writes it when the run has ended, or as it was when rank 0 is seen to have died."
     while (written := RunRecord.read(record.folder)).status == "running" and written.may_be_alive:
         time.sleep(0.1)
+    return written
 
-# %% ../nbs/15_trainer.ipynb #27bab40c
+# %% ../nbs/15_trainer.ipynb #88033807
 def evaluate(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
     predictions: bool = False,  # also predict, where the model defines `predict_step`: one pass more
@@ -313,7 +319,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
             if trainer.is_global_zero:
                 _write_metrics(record)
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
-    return record
+    return record if trainer.is_global_zero else RunRecord.read(record.folder)
 
 
 def _evaluation_data(config: RunConfig, split: str) -> LightningDataModule:
@@ -326,26 +332,12 @@ def _evaluation_data(config: RunConfig, split: str) -> LightningDataModule:
 
 
 def _inference_trainer(config: RunConfig, record: RunRecord) -> Trainer:
-    settings = config.resolved
+    settings, folder = config.resolved, record.folder
     _check_interactive(settings)
-    callbacks = [
-        RunRecorder(record, config),
-        LoadWeights(config.resume, record.folder),
-        PredictionWriter(record.folder),
-    ]
-    if config.trainer_args.get("enable_progress_bar", True):
-        callbacks.append(progress_bar())
-    arguments = {name: getattr(settings, name) for name in ("accelerator", "devices", "num_nodes", "precision")}
-    arguments |= dict(logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=callbacks)
-    trainer = Trainer(
-        **arguments | {"strategy": _trainer_strategy(config), "default_root_dir": record.folder} | config.trainer_args
-    )
-    average_integers_exactly(trainer.strategy)
-    record.resolved = {
-        "accelerator": settings.accelerator,
-        "strategy": settings.strategy,
-        "world_size": trainer.world_size,
-    }
+    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder), PredictionWriter(folder)]
+    trainer = _make_trainer(config, folder, callbacks, logger=False, enable_checkpointing=False)
+    record.resolved = {name: getattr(settings, name) for name in ("accelerator", "strategy")}
+    record.resolved["world_size"] = trainer.world_size
     return trainer
 
 
@@ -360,8 +352,6 @@ def _merge(record: RunRecord) -> None:
 
 
 def _write_metrics(record: RunRecord) -> None:
-    new = record.folder / ".metrics.json.new"
-    new.write_text(json.dumps(record.metrics, indent=1), encoding="utf-8")
-    new.replace(record.folder / "metrics.json")
+    write_json(record.folder / "metrics.json", record.metrics)
     if record.predictions is None:  # those of an earlier time are of other weights
         (record.folder / "predictions.parquet").unlink(missing_ok=True)

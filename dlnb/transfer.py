@@ -43,7 +43,7 @@ def _copy(source: int, offset: int, target: int, position: int, size: int) -> No
 def _copy_through_memory(source: int, offset: int, target: int, position: int, size: int) -> int:
     return os.pwrite(target, os.pread(source, min(size, BUFFER), offset), position)
 
-# %% ../nbs/07_transfer.ipynb #08c9bf11
+# %% ../nbs/07_transfer.ipynb #bb267583
 class Move(NamedTuple):
     "Bytes of a checkpoint on their way to a place in an open file."
 
@@ -53,7 +53,7 @@ class Move(NamedTuple):
 
 
 def _joined(moves: Iterable[Move]) -> Iterator[Move]:
-    "The same moves, with neighbours made one, in portions that several threads can share."
+    "The same moves, with neighbours made one."
     last: Move | None = None
     for move in moves:
         if last and _continues(last, move):
