@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Split', 'epoch_order', 'EpochSampler', 'EvaluationSampler', 'evaluation_batch_size', 'average_integers_exactly',
-           'suggested_num_workers', 'DataModule', 'evaluate_exactly']
+           'suggested_num_workers', 'DataModule', 'remade', 'evaluate_exactly']
 
 # %% ../nbs/01_data.ipynb #5a7e17be
 import inspect
@@ -32,7 +32,7 @@ def epoch_order(
     "The order of all samples in one epoch: a permutation drawn from (seed, epoch) alone."
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
-# %% ../nbs/01_data.ipynb #c5c3490b
+# %% ../nbs/01_data.ipynb #5f5b5a7d
 class EpochSampler(DistributedSampler):
     """A rank's share of `epoch_order`, cut to whole optimizer steps.
 
@@ -52,6 +52,7 @@ class EpochSampler(DistributedSampler):
         step_samples = batch_size * num_replicas * accumulate_grad_batches
         self.total_size = len(dataset) // step_samples * step_samples
         self.num_samples = self.total_size // num_replicas
+        self.skip = 0  # samples of this rank that the next epoch begins after
         if self.total_size == 0:
             raise ValueError(
                 f"One optimizer step takes batch_size={batch_size} x {num_replicas} ranks x "
@@ -60,8 +61,9 @@ class EpochSampler(DistributedSampler):
             )
 
     def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
         order = epoch_order(len(self.dataset), self.seed, self.epoch)
-        return iter(order[self.rank : self.total_size : self.num_replicas].tolist())
+        return iter(order[self.rank + skip * self.num_replicas : self.total_size : self.num_replicas].tolist())
 
 # %% ../nbs/01_data.ipynb #49192dc6
 class EvaluationSampler(DistributedSampler):
@@ -247,7 +249,23 @@ class DataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-# %% ../nbs/01_data.ipynb #6dec77b4
+# %% ../nbs/01_data.ipynb #f3e4dc2b
+def remade(
+    loader: DataLoader,
+    cls: type[DataLoader],
+    dataset: Dataset,
+    **sampling: Any,  # batch_size and sampler, or batch_sampler
+) -> DataLoader:
+    "A loader with the same workers and collation as another, over its dataset in another order."
+    kept = (
+        "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
+    )
+    options = {name: getattr(loader, name) for name in kept.split()}
+    if loader.num_workers:
+        options["prefetch_factor"] = loader.prefetch_factor
+    return cls(dataset, **options, **sampling)
+
+
 def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
     "A rank's share of what a plain, sequential loader loads; anything else as it is."
     # A loader that was given a batch sampler does not use its `sampler`.
@@ -256,15 +274,9 @@ def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
         return loader
     if len(batches.sampler) != len(loader.dataset):  # it goes through a part
         return loader
-    kept = (
-        "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
-    )
-    options = {name: getattr(loader, name) for name in kept.split()}
-    if loader.num_workers:
-        options["prefetch_factor"] = loader.prefetch_factor
     batch_size = evaluation_batch_size(len(loader.dataset), num_replicas, batches.batch_size)
     sampler = EvaluationSampler(loader.dataset, num_replicas, rank)
-    return DataLoader(loader.dataset, batch_size=batch_size, sampler=sampler, **options)
+    return remade(loader, DataLoader, loader.dataset, batch_size=batch_size, sampler=sampler)
 
 
 def evaluate_exactly(
