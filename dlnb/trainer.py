@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'build_trainer', 'starting_point', 'is_finished',
            'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #80e1f804
+# %% ../nbs/17_trainer.ipynb #0e8adbbb
 import logging
 import os
 import sys
@@ -18,11 +18,12 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from .callbacks import CheckBatches, CheckMonitor, LoadWeights, RunRecorder, SeedRanks, progress_bar
+from .callbacks import CheckBatches, CheckMonitor, LoadWeights, RunRecorder, StopTogether, progress_bar
+from .checkpoint import find_checkpoint, tidy
 from .config import RunConfig
 from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
@@ -31,6 +32,7 @@ from .layout import read_layout
 from .optim import provide_optimizers
 from .plots import confusion_matrix
 from .predictions import PredictionWriter, merge_predictions
+from .resume import AtomicCheckpoint, ExactResume
 from .strategy import build_strategy
 from .track import RunRecord, wandb_logger, write_json
 from .weights import check_weights, inference_config
@@ -55,20 +57,20 @@ def build_data(config: RunConfig) -> LightningDataModule:
     workers = arguments.pop("num_workers", "auto")
     return DataModule(config.data_class, arguments, num_workers=workers, **shared)
 
-# %% ../nbs/17_trainer.ipynb #c4863633
+# %% ../nbs/17_trainer.ipynb #adcb3cc6
 def checkpoint_callbacks(
     config: RunConfig,
     folder: Path,  # the run's
-) -> list[ModelCheckpoint]:
-    "Lightning's own callbacks for the run's `checkpoints` folder."
-    shared = dict(dirpath=folder / "checkpoints", save_last=True, enable_version_counter=False)
+) -> list[AtomicCheckpoint]:
+    "For the run's `checkpoints` folder."
+    shared = dict(dirpath=folder / "checkpoints", save_last=True, enable_version_counter=False, identity=config.hash)
     ranked = dict(monitor=config.monitor, mode=config.monitor_mode, save_top_k=config.save_top_k)
-    callbacks = [ModelCheckpoint(filename="{epoch}", save_on_train_epoch_end=None, **ranked, **shared)]
+    callbacks = [AtomicCheckpoint(filename="{epoch}", save_on_train_epoch_end=None, **ranked, **shared)]
     if config.save_every_n_steps:
-        callbacks.append(ModelCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
+        callbacks.append(AtomicCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
     return callbacks
 
-# %% ../nbs/17_trainer.ipynb #453888db
+# %% ../nbs/17_trainer.ipynb #398c6954
 def build_trainer(
     config: RunConfig,
     record: RunRecord,  # its folder takes the checkpoints and the metrics
@@ -77,7 +79,7 @@ def build_trainer(
     settings, folder = config.resolved, record.folder
     _check_interactive(settings)
     recorder = RunRecorder(record, config)
-    callbacks: list[Callback] = [CheckBatches(), SeedRanks(config.seed), recorder, LearningRateMonitor("step")]
+    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), recorder, LearningRateMonitor("step")]
     if config.monitor:
         callbacks.append(CheckMonitor(config.monitor))
     if config.patience is not None:
@@ -92,7 +94,8 @@ def build_trainer(
         "logger": [metrics] if online is None else [metrics, online],
         "enable_autolog_hparams": False,  # the record holds the settings
     }
-    return _make_trainer(config, folder, callbacks + checkpoint_callbacks(config, folder), **arguments)
+    callbacks += [*checkpoint_callbacks(config, folder), StopTogether()]
+    return _make_trainer(config, folder, callbacks, **arguments)
 
 
 def _make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **arguments: Any) -> Trainer:
@@ -128,7 +131,7 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/17_trainer.ipynb #cf780bff
+# %% ../nbs/17_trainer.ipynb #15aee942
 def starting_point(
     config: RunConfig,
 ) -> tuple[RunRecord, Path | None]:  # the run's record, and the checkpoint to go on from
@@ -138,9 +141,10 @@ def starting_point(
         folder = _free_folder(folder)
     record = RunRecord.read(folder) if (folder / "run.json").exists() else RunRecord(folder=folder)
     _check_nobody_writes(record, "trained", "Wait for it, end it, or give resume='never' to train beside it.")
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        return record, last
+    if (found := find_checkpoint(folder / "checkpoints")) is not None:
+        for damaged in found.damaged:
+            print(damaged)
+        return record, found.path
     return record, None if config.resume in ("auto", "never") else Path(config.resume)
 
 
@@ -166,7 +170,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #f3065676
+# %% ../nbs/17_trainer.ipynb #d84b4490
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -213,6 +217,8 @@ def fit(
         trainer = build_trainer(config, record)
         with _recorded(trainer, record):
             trained, data = model or build_model(config), data or build_data(config)
+            if trainer.is_global_zero:
+                tidy(record.folder / "checkpoints")
             # The run's own checkpoint may hold any object that the model saved; one from elsewhere must not run code.
             weights_only = None if checkpoint is None or not checkpoint.is_relative_to(record.folder) else False
             trainer.fit(trained, datamodule=data, ckpt_path=checkpoint, weights_only=weights_only)
