@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUTOSAVE', 'ParameterError', 'RankError', 'parameter_names', 'check_parameters', 'DlnbEngine', 'Launched', 'launch']
 
-# %% ../nbs/20_engine.ipynb #ca8db07e
+# %% ../nbs/20_engine.ipynb #1f0e1413
 import ast
 import os
 import signal
@@ -34,9 +34,9 @@ from dlnb.ranks import (
     job_folder,
     read_ranks,
 )
-from .track import JOB
+from .track import JOB, TEMPORARY_FAILURE
 
-# %% ../nbs/20_engine.ipynb #97a9c2bb
+# %% ../nbs/20_engine.ipynb #94adb632
 class ParameterError(ClickException, ValueError):
     "A notebook cannot be given these parameters. On the command line it is one line, without a traceback."
 
@@ -80,7 +80,7 @@ def check_parameters(
         if name not in names:
             raise ParameterError(unknown("parameter", name, names))
 
-# %% ../nbs/20_engine.ipynb #3c9914dc
+# %% ../nbs/20_engine.ipynb #04540371
 AUTOSAVE = 2.0  # seconds between two writings of the output notebook, at most
 
 
@@ -136,7 +136,7 @@ class DlnbEngine:
                 _keep_in_run(nb, folder, input_path)
         return nb
 
-# %% ../nbs/20_engine.ipynb #5e96b62b
+# %% ../nbs/20_engine.ipynb #317c5d99
 def _supervise(nb, kernel_name: str, folder: Path, output_path, manager_options: dict, client_options: dict):
     "Run the notebook in a kernel that may start other ranks; its outputs come into `nb`."
     from papermill.log import logger
@@ -150,6 +150,8 @@ def _supervise(nb, kernel_name: str, folder: Path, output_path, manager_options:
         client.execute(env=job_environment() | {JOB: str(folder)})
     finally:
         manager.notebook_complete()
+    if client.preempted:
+        sys.exit(TEMPORARY_FAILURE)
     if client.stopped == signal.SIGINT:
         raise KeyboardInterrupt
     if client.stopped:
@@ -165,7 +167,7 @@ def _keep_in_run(nb, folder: Path, input_path) -> None:
     name = Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb"
     (run / name).write_text(nbformat.writes(nb), encoding="utf-8")
 
-# %% ../nbs/20_engine.ipynb #d6e6907e
+# %% ../nbs/20_engine.ipynb #c40abb85
 def _record_death(folder: Path, rank: Rank, code: int) -> None:
     "Tell the first rank's supervisor of a rank that could not do so itself, and wait until it has seen it."
     known = next((record for record in read_ranks(folder) if record.rank == rank.rank), rank)
@@ -199,7 +201,7 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
             "\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])])
         )
 
-# %% ../nbs/20_engine.ipynb #c5544690
+# %% ../nbs/20_engine.ipynb #08e04f5c
 class Launched(NamedTuple):
     "What `launch` returns."
 

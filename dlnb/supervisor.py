@@ -6,7 +6,7 @@
 __all__ = ['WIDGET', 'PROLOGUE', 'INTERVAL', 'GRACE', 'STOP_GRACE', 'JOIN_GRACE', 'overwrite', 'append_stream',
            'keep_shown_widgets', 'NotebookManager', 'write_failure', 'KernelClient', 'RankClient']
 
-# %% ../nbs/19_supervisor.ipynb #a1e170da
+# %% ../nbs/19_supervisor.ipynb #9804fd43
 import asyncio
 import os
 import re
@@ -37,7 +37,7 @@ from dlnb.ranks import (
     signal_group,
 )
 
-# %% ../nbs/19_supervisor.ipynb #71f3612c
+# %% ../nbs/19_supervisor.ipynb #03be2549
 def overwrite(
     text: str,  # with carriage returns and cursor movements
 ) -> str:  # without
@@ -62,7 +62,7 @@ def append_stream(
         head += "\n"
     outputs[-1].text = head + overwrite("\n".join(tail) + text)
 
-# %% ../nbs/19_supervisor.ipynb #2b1d2374
+# %% ../nbs/19_supervisor.ipynb #a8d9d5bb
 WIDGET = "application/vnd.jupyter.widget-view+json"  # its model_id leads to the widget's state
 
 
@@ -89,7 +89,7 @@ def keep_shown_widgets(
             shown += re.findall(r"IPY_MODEL_(\w+)", str(state[model]))
     return kept
 
-# %% ../nbs/19_supervisor.ipynb #bd315720
+# %% ../nbs/19_supervisor.ipynb #1cc63ae8
 class NotebookManager(NotebookExecutionManager):
     "papermill's record of an execution, for notebooks that may end early."
 
@@ -134,7 +134,7 @@ class NotebookManager(NotebookExecutionManager):
         for cell in self.nb.cells[index + 1 :]:
             cell.metadata.papermill["status"] = self.PENDING
 
-# %% ../nbs/19_supervisor.ipynb #f8592cc6
+# %% ../nbs/19_supervisor.ipynb #7f447205
 def write_failure(
     manager: NotebookManager,
     failure: Rank,  # which rank, in which cell, and why
@@ -150,7 +150,7 @@ def write_failure(
     outputs.insert(next((i for i, output in enumerate(outputs) if output.output_type == "error"), len(outputs)), error)
     manager.fail(min(failed, index))
 
-# %% ../nbs/19_supervisor.ipynb #6473d05f
+# %% ../nbs/19_supervisor.ipynb #e4eff31c
 PROLOGUE = "from dlnb.ranks import leave_interactive; leave_interactive({script!r})"
 
 
@@ -196,7 +196,7 @@ class KernelClient(PapermillNotebookClient):
         self.widget_state = keep_shown_widgets(self.nb, self.widget_state)
         super().set_widgets_metadata()
 
-# %% ../nbs/19_supervisor.ipynb #a29fe229
+# %% ../nbs/19_supervisor.ipynb #506aa720
 INTERVAL = 0.2  # seconds between two looks at the ranks
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
@@ -214,6 +214,8 @@ class RankClient(KernelClient):
         self.seen_alive = 0.0  # when the kernel was last known to live, in seconds since the epoch
         self.stopped: int | None = None  # the signal that asked for an end
         self.stopped_at = float("inf")  # in seconds since the epoch
+        self.impatient = False  # it was asked for twice
+        self.preempted = False  # a training has saved and stopped
         self.deadline = float("inf")  # when ranks that were asked to end are ended
 
     def execute(self, **kwargs):
@@ -275,9 +277,14 @@ class RankClient(KernelClient):
         if self.km.provisioner.process.poll() is None:
             self.seen_alive = time.time()
         self.failure = self.failure or find_failure(self.folder)
-        if self.stopped:  # then all ranks are about to end
-            return time.monotonic() > self.deadline
+        if self.stopped:  # then all ranks are about to end, and a training saves before
+            return time.monotonic() > self.deadline and not (self.is_saving and not self.impatient)
         return self.failure is not None and time.time() > self.failure.time + GRACE
+
+    @property
+    def is_saving(self) -> bool:
+        "Whether a training has heard the signal: it ends when its checkpoint is complete."
+        return (self.folder / "stopping").exists()
 
     def join_ranks(self) -> None:
         "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."
@@ -302,6 +309,10 @@ class RankClient(KernelClient):
         time.sleep(INTERVAL)  # a rank that failed just before may still be writing
         self.is_over(index, last=True)
         code = self.km.provisioner.process.poll()
+        self.preempted = "Preempted" in (getattr(error, "ename", None), self.failure and self.failure.ename)
+        if getattr(error, "ename", None) == "Preempted":
+            self.failure = Rank(0, self.group)
+            return self.nb_man.fail(index)  # it says where it stopped
         if self.stopped and not (self.failure and self.failure.time < self.stopped_at):
             self.failure = Rank(
                 0, self.group, ename="Stopped", evalue=f"{signal.Signals(self.stopped).name} ended all ranks"
@@ -317,9 +328,10 @@ class RankClient(KernelClient):
 
     @contextmanager
     def handle_signals(self):
-        "Pass Ctrl-C and SIGTERM on to all ranks; the second time, wait no longer."
+        "Pass Ctrl-C, SIGTERM and SIGUSR1 on to all ranks; the second time, wait no longer."
 
         def stop(number: int, frame) -> None:
+            self.impatient = bool(self.stopped)
             self.deadline = time.monotonic() + (0 if self.stopped else STOP_GRACE)
             self.stopped, self.stopped_at = number, min(self.stopped_at, time.time())
             if self.group:
@@ -328,7 +340,7 @@ class RankClient(KernelClient):
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread alone
             return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         finally:
