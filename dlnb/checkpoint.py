@@ -312,7 +312,7 @@ def size_of(
 
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
 
-# %% ../nbs/11_checkpoint.ipynb #214f83ab
+# %% ../nbs/11_checkpoint.ipynb #3bbf7717
 class Write(NamedTuple):
     "What one rank has to write of a checkpoint."
 
@@ -337,8 +337,10 @@ class Writer:
     def write(self, work: Write, background: bool = True) -> None:
         "Write a checkpoint. Raises what the one before ran into, or, unless in the background, this one."
         self.finish()
-        if background and _has_room(size_of(list(work.files.values()))):
+        self.abandoned.clear()  # an earlier training of this process may have ended badly
+        if fits := _has_room(size_of(list(work.files.values()))):
             work = work._replace(files=self.copies.take(work.files))
+        if background and fits:
             self.thread = threading.Thread(target=self._run, args=(work,), name="dlnb-checkpoint")
             self.thread.start()
         else:

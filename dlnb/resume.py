@@ -7,7 +7,7 @@ __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start
            'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches', 'ExactResume', 'manifest_of',
            'AtomicCheckpoint']
 
-# %% ../nbs/12_resume.ipynb #13b18192
+# %% ../nbs/12_resume.ipynb #bb4b171f
 import random
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
 
-from .checkpoint import KEY, Manifest, Writer, save_checkpoint
+from .checkpoint import KEY, HostCopy, Manifest, Writer, save_checkpoint
 from .data import EpochSampler, remade
 from .optim import zero_stage
 from .track import package_versions
@@ -64,7 +64,7 @@ def seed_generators(
     np.random.seed(streams[1])
     torch.manual_seed(int(streams[2]))  # all devices' generators
 
-# %% ../nbs/12_resume.ipynb #defc2f91
+# %% ../nbs/12_resume.ipynb #be043447
 class _Batch(list):
     "The indices of a batch, and the numbers that its streams belong to."
 
@@ -133,8 +133,7 @@ class ResumableBatches(BatchSampler):
             self.sampler.skip = skip * self.batch_size
             return iter(self.batches)
         if begun is None:
-            batches = iter(self.batches)
-            return _dropped(batches, skip)
+            return _dropped(iter(self.batches), skip)
         now = self._states()
         self._set_states(begun)
         batches = _dropped(iter(self.batches), skip)
@@ -236,7 +235,7 @@ def _once_after(owner: Any, name: str, then: Callable) -> None:
 
     setattr(owner, name, once)
 
-# %% ../nbs/12_resume.ipynb #3068745d
+# %% ../nbs/12_resume.ipynb #9aca488a
 def _metric_states(trainer: Trainer) -> dict[str, Any]:
     "What has been summed up on this rank: Lightning's own averages, and the states of torchmetrics' objects."
     from torchmetrics import Metric
@@ -286,15 +285,7 @@ def _to(value: Any, device: Any) -> Any:
         return [_to(item, device) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_cpu(item) for item in value]
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-
-# %% ../nbs/12_resume.ipynb #54b32637
+# %% ../nbs/12_resume.ipynb #17b84630
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
 
@@ -345,7 +336,7 @@ class ExactResume(Callback):
 
     def collect(self, trainer: Trainer) -> None:
         "Gather the ranks' states, for `state_dict`; all ranks call it, right before they save."
-        state = _to_cpu(
+        state = HostCopy().take(
             {
                 "generators": generator_states(),
                 "metrics": _metric_states(trainer),
