@@ -169,7 +169,7 @@ def tidy(
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
-# %% ../nbs/11_checkpoint.ipynb #12152c87
+# %% ../nbs/11_checkpoint.ipynb #904af94f
 def _sync(path: Path) -> None:
     "Bring a file, or a folder's names, to the disk."
     descriptor = os.open(path, os.O_RDONLY)
@@ -189,6 +189,7 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+        _sync(Path(target))
 
 
 def _duplicate(source: Path, target: Path) -> None:
@@ -312,7 +313,7 @@ def size_of(
 
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
 
-# %% ../nbs/11_checkpoint.ipynb #3bbf7717
+# %% ../nbs/11_checkpoint.ipynb #0c03b2ec
 class Write(NamedTuple):
     "What one rank has to write of a checkpoint."
 
@@ -425,7 +426,7 @@ def _complete(work: Write) -> None:
             _sync(path)
     for rank in range(work.manifest.world_size):
         _note(work.staging, rank).unlink()
-    manifest = work.manifest.model_copy(update={"files": dict(sorted(files.items()))})
+    manifest = Manifest.model_validate(work.manifest.model_dump() | {"files": dict(sorted(files.items()))})
     write_json(work.staging / "manifest.json", manifest.model_dump())
     for path in (work.staging, *(path for path in work.staging.rglob("*") if path.is_dir())):
         _sync(path)
