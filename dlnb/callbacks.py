@@ -29,7 +29,7 @@ from .resume import AtomicCheckpoint, add_boundaries, manifest_of
 from .track import TEMPORARY_FAILURE, RunRecord, announce_stop
 from .weights import load_weights
 
-# %% ../nbs/14_callbacks.ipynb #a39bb5ff
+# %% ../nbs/14_callbacks.ipynb #d352e7cb
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -59,7 +59,8 @@ def describe_run(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
         "zero_stage": zero_stage(trainer.strategy),
         "world_size": trainer.world_size,
         "num_nodes": trainer.num_nodes,
-        "global_batch_size": config.batch_size * trainer.world_size * config.accumulate_grad_batches,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "global_batch_size": config.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         "optimizer": describe_optimizer(trainer.optimizers[0]),
         "parameter_dtype": dtype,
         "compute_dtype": _compute_dtype(trainer, dtype),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY', 'FORMAT', 'UNFINISHED', 'FileEntry', 'Manifest', 'read_manifest', 'check_files', 'Found', 'find_checkpoint',
-           'tidy', 'place', 'remove', 'HostCopy', 'size_of', 'Write', 'Writer', 'collected', 'save_checkpoint']
+           'tidy', 'place', 'remove', 'HostCopy', 'size_of', 'Write', 'Writer', 'collected', 'writes_one_file',
+           'save_checkpoint']
 
 # %% ../nbs/11_checkpoint.ipynb #0c69bb2f
 import json
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from .archive import read_archive
 from .track import write_json
 
-# %% ../nbs/11_checkpoint.ipynb #72431554
+# %% ../nbs/11_checkpoint.ipynb #c4a9fcf1
 KEY = "dlnb"  # of the manifest in a checkpoint's dictionary
 FORMAT = 1  # raised when an older dlnb could not read a checkpoint any more
 
@@ -48,6 +49,7 @@ class Manifest(BaseModel):
     accumulate_grad_batches: int = 1
     strategy: str = ""  # the class of Lightning's strategy
     zero_stage: int = 0
+    optimizer: str = ""  # as `dlnb.optim.describe_optimizer` says it
     identity: str | None = None  # the hash of the settings
     versions: dict[str, str] = {}
     files: dict[str, FileEntry] = {}  # of a folder, by their path in it
@@ -115,7 +117,7 @@ def _check_folder(folder: Path, manifest: Manifest) -> None:
         if file.stat().st_size != entry.size or _crc32(file) != entry.crc32:
             raise ValueError(f"{folder} is damaged: {name} is not what was written.")
 
-# %% ../nbs/11_checkpoint.ipynb #157ab380
+# %% ../nbs/11_checkpoint.ipynb #9134e058
 UNFINISHED = ".unfinished"  # the end of a name that is no checkpoint's
 
 
@@ -123,7 +125,7 @@ class Found(NamedTuple):
     "A complete checkpoint, and the damaged ones that were passed over."
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest | None  # None for one that dlnb did not write
     damaged: list[str]  # a sentence each
 
 
@@ -431,7 +433,7 @@ def _complete(work: Write) -> None:
     for path in (work.staging, *(path for path in work.staging.rglob("*") if path.is_dir())):
         _sync(path)
 
-# %% ../nbs/11_checkpoint.ipynb #3e8258e4
+# %% ../nbs/11_checkpoint.ipynb #272a7c11
 @contextmanager
 def collected(
     strategy: Any,  # a Lightning strategy
@@ -441,14 +443,17 @@ def collected(
     if (engine := getattr(strategy, "deepspeed_engine", None)) is not None:
         with _exchanged(engine, "checkpoint_engine", _deepspeed_collector(engine.checkpoint_engine, files)):
             yield
-    elif _writes_one_file(strategy):
+    elif writes_one_file(strategy):
         with _exchanged(strategy, "checkpoint_io", _checkpoint_io_collector(files)):
             yield
     else:
         yield
 
 
-def _writes_one_file(strategy: Any) -> bool:
+def writes_one_file(
+    strategy: Any,  # a Lightning strategy
+) -> bool:
+    "Whether its checkpoint is the one file of the first rank: on one device, and under ddp."
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.strategies import Strategy
 

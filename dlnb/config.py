@@ -200,7 +200,7 @@ Dictionary = Annotated[dict[str, Any], BeforeValidator(_dictionary)]
 Devices = Annotated[int | list[int] | str, BeforeValidator(_devices)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 
-# %% ../nbs/04_config.ipynb #075f8d41
+# %% ../nbs/04_config.ipynb #bc1791b4
 class RunConfig(BaseModel):
     """The settings of a run, shared by train, tune and infer.
 
@@ -243,7 +243,7 @@ class RunConfig(BaseModel):
     tags: Words = []
     save_top_k: int = Field(1, ge=-1)
     save_every_n_steps: int | None = Field(None, ge=1)  # optimizer steps between two writings of last.ckpt
-    resume: str = "auto"  # "auto", "never", or a checkpoint
+    resume: str = "auto"  # "auto", "never", or a run's folder or a checkpoint to go on from
     best_params: str | None = None  # a best_params.json of the tuner; its values win
     wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
     trainer_args: Dictionary = {}  # anything else for Lightning's Trainer
@@ -355,6 +355,11 @@ class RunConfig(BaseModel):
         return self.model_copy(update={"accelerator": accelerator, "devices": devices, "strategy": strategy})
 
     @property
+    def origin(self) -> str | None:
+        "The run's folder or the checkpoint that `resume` gives."
+        return None if self.resume in ("auto", "never") else self.resume
+
+    @property
     def world_size(self) -> int:
         "How many ranks train."
         devices = self.resolved.devices
@@ -363,8 +368,10 @@ class RunConfig(BaseModel):
     @cached_property
     def identity(self) -> dict[str, Any]:
         "What changes the training's result, as plain data: the same for two runs exactly when their hashes are."
-        kept = UNHASHED if self.resume in ("auto", "never") else UNHASHED - {"resume"}  # weights from elsewhere
+        kept = UNHASHED - {"resume"} if self.origin else UNHASHED
         settings = self.resolved.model_dump(exclude=kept)
+        if self.origin:
+            settings["resume"] = str(Path(self.origin).resolve())
         data_arguments = {name: value for name, value in self.data_arguments.items() if name != "num_workers"}
         return settings | {
             "model_args": self.model_arguments,
@@ -405,7 +412,7 @@ class RunConfig(BaseModel):
         "The W&B project: `<Data>-<Model>-<mode>`."
         return f"{self.task}-{_check_mode(mode)}"
 
-# %% ../nbs/04_config.ipynb #86fff9ca
+# %% ../nbs/04_config.ipynb #b1d89c0f
 def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
@@ -440,8 +447,10 @@ def _check_agreement(config: RunConfig) -> None:
         raise ValueError(f"patience={config.patience} needs a metric: give monitor, or patience=None.")
     if config.monitor is None and config.save_top_k not in (-1, 0, 1):
         raise ValueError(f"save_top_k={config.save_top_k} needs a metric to rank by: give monitor, or save_top_k=1.")
-    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
-        raise ValueError(f"resume={config.resume!r} must be 'auto', 'never', or a checkpoint that exists.")
+    if config.origin and not Path(config.origin).exists():
+        raise ValueError(
+            f"resume={config.resume!r} must be 'auto', 'never', or a run's folder or checkpoint that exists."
+        )
 
 
 def _check_classes(config: RunConfig) -> None:

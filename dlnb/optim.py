@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'resolve_accelerator', 'zero_stage', 'offloads_optimizer', 'parameter_groups', 'choose_optimizer',
-           'import_deepspeed', 'build_problem', 'build_optimizer', 'describe_optimizer', 'warmup_cosine',
-           'configure_optimizers', 'provide_optimizers']
+           'import_deepspeed', 'build_problem', 'build_optimizer', 'base_optimizer', 'describe_optimizer',
+           'warmup_cosine', 'configure_optimizers', 'provide_optimizers']
 
-# %% ../nbs/02_optim.ipynb #e2b20e20
+# %% ../nbs/02_optim.ipynb #f04c43dc
 import inspect
 import math
 import os
@@ -32,7 +32,7 @@ from torch.utils.cpp_extension import CUDA_HOME, _get_build_directory
 
 from .errors import unknown
 
-# %% ../nbs/02_optim.ipynb #316fe1fc
+# %% ../nbs/02_optim.ipynb #36099eca
 def resolve_accelerator(
     accelerator: str | Accelerator = "auto",  # Lightning's name, or an accelerator object such as `trainer.accelerator`
 ) -> str:  # "cuda", "mps", "tpu" or "cpu"
@@ -47,7 +47,7 @@ def resolve_accelerator(
         raise ValueError(unknown("accelerator", accelerator, ["auto", "gpu", *AcceleratorRegistry]))
     return accelerator
 
-# %% ../nbs/02_optim.ipynb #f1633037
+# %% ../nbs/02_optim.ipynb #bdac664d
 def _zero_config(strategy: str | Strategy) -> dict:
     "The `zero_optimization` part of a strategy's DeepSpeed configuration; {} where there is none."
     if isinstance(strategy, str):
@@ -76,7 +76,7 @@ def offloads_optimizer(
     offload = _zero_config(strategy).get("offload_optimizer") or {}
     return offload.get("device", "none") not in ("none", None)
 
-# %% ../nbs/02_optim.ipynb #1ae09a02
+# %% ../nbs/02_optim.ipynb #bfb66600
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)  # the last: batch and instance norms
 
 
@@ -103,7 +103,7 @@ def parameter_groups(
     ]
     return [group for group in groups if group["params"]]
 
-# %% ../nbs/02_optim.ipynb #b53fc357
+# %% ../nbs/02_optim.ipynb #b50a2476
 OPTIMIZERS = ("auto", "AdamW", "AdamW_fused", "FusedAdam", "DeepSpeedCPUAdam")
 _TORCH_FUSES_ON = ("cuda", "cpu", "mps")
 
@@ -120,7 +120,7 @@ def choose_optimizer(
         return "FusedAdam"
     return "AdamW_fused" if device in _TORCH_FUSES_ON else "AdamW"
 
-# %% ../nbs/02_optim.ipynb #16a6a0d7
+# %% ../nbs/02_optim.ipynb #d71c3e81
 def import_deepspeed(
     device: str,  # "cuda" or "cpu"
 ) -> ModuleType:  # the deepspeed package
@@ -144,7 +144,7 @@ def import_deepspeed(
         )
     return deepspeed
 
-# %% ../nbs/02_optim.ipynb #76720aff
+# %% ../nbs/02_optim.ipynb #0c1dfce3
 _BUILDERS = {"FusedAdam": "FusedAdamBuilder", "DeepSpeedCPUAdam": "CPUAdamBuilder"}
 
 
@@ -171,7 +171,7 @@ def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
         else:
             time.sleep(0.2)
 
-# %% ../nbs/02_optim.ipynb #9b1a9199
+# %% ../nbs/02_optim.ipynb #534e1148
 def build_problem(
     optimizer: str,  # "FusedAdam" or "DeepSpeedCPUAdam"
     device: str = "cpu",  # "cuda" or "cpu"
@@ -192,7 +192,7 @@ def build_problem(
         return f"{optimizer} cannot be compiled here: {' and '.join(missing) or str(error).splitlines()[0]}"
     return ""
 
-# %% ../nbs/02_optim.ipynb #8c3556f2
+# %% ../nbs/02_optim.ipynb #b2321569
 def _check_optimizer(name: str, strategy: str | Strategy, device: str) -> None:
     if name not in OPTIMIZERS:
         raise ValueError(unknown("optimizer", name, OPTIMIZERS))
@@ -220,7 +220,7 @@ def _settle_optimizer(name: str, strategy: str | Strategy, device: str) -> str:
         rank_zero_warn(f"{problem}; torch's fused AdamW is used instead.")
     return "AdamW_fused" if problem else chosen
 
-# %% ../nbs/02_optim.ipynb #ca07b197
+# %% ../nbs/02_optim.ipynb #b9e3b7ee
 def build_optimizer(
     module: nn.Module,  # whose parameters are optimized; see `parameter_groups`
     strategy: str | Strategy = "auto",  # a name that Lightning registers, or a strategy object
@@ -248,18 +248,26 @@ def build_optimizer(
     built._step_supports_amp_scaling = False
     return built
 
-# %% ../nbs/02_optim.ipynb #22e004ef
-def describe_optimizer(
+# %% ../nbs/02_optim.ipynb #09e05f9f
+def base_optimizer(
     optimizer: Optimizer,  # also as the Trainer holds it, wrapped by Lightning and DeepSpeed
-) -> str:  # such as "torch.optim.AdamW(fused=True)" or "deepspeed FusedAdam"
-    "The class that steps, with the package it comes from."
+) -> Optimizer:
+    "The optimizer that steps."
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
+    return optimizer
+
+
+def describe_optimizer(
+    optimizer: Optimizer,  # as for `base_optimizer`
+) -> str:  # such as "torch.optim.AdamW(fused=True)" or "deepspeed FusedAdam"
+    "The class that steps, with the package it comes from."
+    optimizer = base_optimizer(optimizer)
     package, name = type(optimizer).__module__.partition(".")[0], type(optimizer).__qualname__
     fused = "(fused=True)" if optimizer.defaults.get("fused") else ""
     return f"torch.optim.{name}{fused}" if package == "torch" else f"{package} {name}"
 
-# %% ../nbs/02_optim.ipynb #0756b034
+# %% ../nbs/02_optim.ipynb #df097101
 def warmup_cosine(
     step: int,  # optimizer steps taken before this one
     total_steps: int,  # optimizer steps of the whole training
@@ -272,7 +280,7 @@ def warmup_cosine(
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return eta_min_ratio + (1 - eta_min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-# %% ../nbs/02_optim.ipynb #c38c02a7
+# %% ../nbs/02_optim.ipynb #5a006b36
 def _total_steps(module: LightningModule) -> int:
     total = module.trainer.estimated_stepping_batches
     if total == float("inf") or total < 0:
@@ -312,7 +320,7 @@ def configure_optimizers(
     schedule = {"scheduler": LambdaLR(built, curve), "interval": "step", "frequency": 1, "name": "lr"}
     return {"optimizer": built, "lr_scheduler": schedule}
 
-# %% ../nbs/02_optim.ipynb #87cace0d
+# %% ../nbs/02_optim.ipynb #9e7dc1aa
 def provide_optimizers(
     module: LightningModule,  # any
     **settings,  # of `configure_optimizers`

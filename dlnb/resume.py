@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start', 'ResumableBatches', 'ResumableLoader',
-           'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches', 'ExactResume', 'manifest_of',
-           'AtomicCheckpoint']
+           'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches', 'count_batches_anew', 'ExactResume',
+           'manifest_of', 'AtomicCheckpoint']
 
-# %% ../nbs/12_resume.ipynb #bb4b171f
+# %% ../nbs/12_resume.ipynb #66f171c1
 import random
+import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,11 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
-from torch.utils.data import BatchSampler, DataLoader, Dataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from .checkpoint import KEY, HostCopy, Manifest, Writer, save_checkpoint
 from .data import EpochSampler, remade
-from .optim import zero_stage
+from .optim import describe_optimizer, zero_stage
 from .track import package_versions
 
 # %% ../nbs/12_resume.ipynb #d9958611
@@ -235,7 +237,7 @@ def _once_after(owner: Any, name: str, then: Callable) -> None:
 
     setattr(owner, name, once)
 
-# %% ../nbs/12_resume.ipynb #9aca488a
+# %% ../nbs/12_resume.ipynb #001a4704
 def _metric_states(trainer: Trainer) -> dict[str, Any]:
     "What has been summed up on this rank: Lightning's own averages, and the states of torchmetrics' objects."
     from torchmetrics import Metric
@@ -254,30 +256,47 @@ def _metric_states(trainer: Trainer) -> dict[str, Any]:
     return {"logged": logged, "objects": objects, "callback_metrics": dict(trainer._logger_connector._callback_metrics)}
 
 
-def _restore_metrics(trainer: Trainer, states: dict[str, Any]) -> None:
+def _restore_metrics(
+    trainer: Trainer,
+    ranks: list[dict[str, Any]],  # the states that this rank adds up: its own, or all where their number has changed
+) -> None:
     modules = dict(trainer.lightning_module.named_modules())
-    for name, (count, values) in states["objects"].items():
+    for name in ranks[0]["objects"] if ranks else ():
         if name in modules:
-            modules[name]._update_count = count
-            for state, value in values.items():
-                setattr(modules[name], state, _to(value, modules[name].device))
-    trainer._logger_connector._callback_metrics.update(states["callback_metrics"])
-    results, waiting = trainer.fit_loop.epoch_loop._results, dict(states["logged"])
+            _restore_metric(modules[name], [rank["objects"][name] for rank in ranks])
+    results = trainer.fit_loop.epoch_loop._results
+    waiting = {key: [rank["logged"][key] for rank in ranks] for key in (ranks[0]["logged"] if ranks else ())}
 
     def add(fx: str, name: str, *_: Any, **__: Any) -> None:
         "A metric exists when it is first logged; then what it had before is added."
         for key in [key for key in waiting if key in results]:
-            value, size = (_to(part, results[key].value.device) for part in waiting.pop(key))
-            metric = results[key]
-            if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
-                metric.value = metric.meta.reduce_fx(metric.value, value)
-            else:
-                metric.value = metric.value + value
-            if size is not None:
-                metric.cumulated_batch_size = metric.cumulated_batch_size + size
+            for value in waiting.pop(key):
+                _add_logged(results[key], *_to(value, results[key].value.device))
 
     if waiting:
         _after(results, "log", add)
+
+
+def _add_logged(metric: Any, value: torch.Tensor, size: torch.Tensor | None) -> None:
+    "Add to one of Lightning's own averages."
+    if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
+        metric.value = metric.meta.reduce_fx(metric.value, value)
+    else:
+        metric.value = metric.value + value
+    if size is not None:
+        metric.cumulated_batch_size = metric.cumulated_batch_size + size
+
+
+def _restore_metric(metric: Any, ranks: list[list]) -> None:
+    "Give one of torchmetrics' objects what it, or the ranks' ones together, had gathered."
+    metric._update_count = sum(count for count, _ in ranks)
+    for state, reduction in metric._reductions.items():
+        values = [_to(values[state], metric.device) for _, values in ranks]
+        if len(values) > 1 and isinstance(values[0], list):
+            values = [[item for value in values for item in value]]
+        elif len(values) > 1 and reduction is not None:
+            values = [reduction(torch.stack(values))]
+        setattr(metric, state, values[0])
 
 
 def _to(value: Any, device: Any) -> Any:
@@ -285,7 +304,23 @@ def _to(value: Any, device: Any) -> Any:
         return [_to(item, device) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
-# %% ../nbs/12_resume.ipynb #17b84630
+# %% ../nbs/12_resume.ipynb #00c80826
+def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    "Let a checkpoint's loops count this Trainer's batches. Raises `ValueError` where they, or its steps, do not come out even."
+    saved, here = Manifest.model_validate(checkpoint[KEY]), manifest_of(trainer)
+    sizes = (saved.batch_size, here.batch_size) if saved.batch_size and here.batch_size else (1, 1)
+    ratio = Fraction(saved.world_size * sizes[0], here.world_size * sizes[1])
+    if (saved.batch * ratio) % here.accumulate_grad_batches:
+        raise ValueError(
+            f"The checkpoint is {saved.batch * saved.world_size * sizes[0]} samples into an epoch, which {here.world_size} ranks x "
+            f"batch_size={sizes[1]} x accumulate_grad_batches={here.accumulate_grad_batches} do not divide. Keep the product that "
+            f"it was saved with: {saved.world_size} x {sizes[0]} x {saved.accumulate_grad_batches}."
+        )
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update({name: int(count * ratio) for name, count in counts.items()})
+
+# %% ../nbs/12_resume.ipynb #63758439
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
 
@@ -334,6 +369,10 @@ class ExactResume(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.saved = state.get("ranks")
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if KEY in checkpoint:
+            count_batches_anew(trainer, checkpoint)
+
     def collect(self, trainer: Trainer) -> None:
         "Gather the ranks' states, for `state_dict`; all ranks call it, right before they save."
         state = HostCopy().take(
@@ -351,10 +390,15 @@ class ExactResume(Callback):
     @staticmethod
     def _begun(trainer: Trainer) -> dict[str, Any] | None:
         "How the generators were when the epoch's order was drawn; None where it is computed."
+        drawn = ExactResume._drawn(trainer)
+        return drawn[0].begun if drawn else None
+
+    @staticmethod
+    def _drawn(trainer: Trainer) -> list[ResumableBatches]:
+        "The samplers that draw their order from the generators."
         loaders = trainer.fit_loop._combined_loader.flattened
         samplers = [loader.batch_sampler for loader in loaders if isinstance(loader, ResumableLoader)]
-        drawn = [sampler for sampler in samplers if not isinstance(sampler.sampler, EpochSampler)]
-        return drawn[0].begun if drawn else None
+        return [sampler for sampler in samplers if not isinstance(sampler.sampler, DistributedSampler)]
 
     def _own(self, trainer: Trainer) -> dict[str, Any] | None:
         if self.saved is None or len(self.saved) != trainer.world_size:
@@ -369,11 +413,20 @@ class ExactResume(Callback):
                 loop.on_iteration_done()  # a fresh epoch
             return
         own = self._own(trainer)
+        self._warn_of_order(trainer)
         self.start = Start(trained_batches(trainer), own["begun"] if own else None)
         for loader in fit_loop._combined_loader.flattened:
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
         iter(fit_loop._data_fetcher)  # Lightning has begun an epoch already, to count its batches
         _once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
+
+    def _warn_of_order(self, trainer: Trainer) -> None:
+        if self._own(trainer) is None and (self.saved[0]["begun"] or self._drawn(trainer)):
+            warnings.warn(
+                "The order of this epoch was drawn by as many processes as there were, and is another one with others: some of its "
+                "samples come twice, and some not at all. dlnb.data.DataModule has an order that does not depend on them.",
+                stacklevel=2,
+            )
 
     def _restore(self, trainer: Trainer) -> None:
         "The last thing before the first batch, or the first epoch."
@@ -383,11 +436,15 @@ class ExactResume(Callback):
         if own is None:
             seed_generators(self.seed, trainer.global_rank, trainer.global_step)
         else:
-            _restore_metrics(trainer, own["metrics"])
             set_generator_states(own["generators"])
+        if self.saved:
+            together = self.saved if trainer.is_global_zero else []
+            ranks = [own] if own else together
+            _restore_metrics(trainer, [rank["metrics"] for rank in ranks])
+            trainer._logger_connector._callback_metrics.update(self.saved[0]["metrics"]["callback_metrics"])
         self.saved = None
 
-# %% ../nbs/12_resume.ipynb #42dc9e79
+# %% ../nbs/12_resume.ipynb #f23b9a28
 def manifest_of(trainer: Trainer, identity: str | None = None) -> Manifest:
     "The manifest of a checkpoint that is saved now."
     return Manifest(
@@ -398,7 +455,8 @@ def manifest_of(trainer: Trainer, identity: str | None = None) -> Manifest:
         batch_size=getattr(trainer.datamodule, "batch_size", None),
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         strategy=type(trainer.strategy).__name__,
-        zero_stage=zero_stage(trainer.strategy) or 0,
+        zero_stage=zero_stage(trainer.strategy),
+        optimizer=describe_optimizer(trainer.optimizers[0]) if trainer.optimizers else "",
         identity=identity,
         versions=package_versions(),
     )

@@ -47,7 +47,7 @@ def now() -> str:
     "The time in UTC, to the second, in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/09_track.ipynb #791d376e
+# %% ../nbs/09_track.ipynb #5097b616
 def write_json(
     path: Path,
     value: Any,
@@ -84,6 +84,7 @@ class RunRecord(BaseModel):
     best_score: float | None = None
     last_checkpoint: str | None = None
     weights: str | None = None  # the best checkpoint's, as one file
+    resumed_from: str | None = None  # the checkpoint of another run that it went on from
     run: str | None = None  # of a test: the folder of the training, or the file, whose weights it used
     predictions: str | None = None  # one row a sample
     wandb: dict[str, str] | None = None  # project, id and mode

@@ -1,0 +1,42 @@
+"""A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`.
+
+`STOP_AT`, an optimizer step, ends the training there with an error, and `TRACE` names a folder for the samples' numbers."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from dlnb.examples import Digits, DigitsNet
+
+
+class TracedDigits(Digits):
+    "With the number of each sample."
+
+    def __getitem__(self, index):
+        return (*super().__getitem__(index), index)
+
+
+class TracedNet(DigitsNet):
+    "Notes each batch: the time, the epoch, the optimizer step that it belongs to, and the samples."
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == int(os.environ.get("STOP_AT", -1)):
+            raise RuntimeError("STOP_AT")
+
+    def training_step(self, batch, batch_idx):
+        line = [time.time(), self.current_epoch, self.trainer.global_step, batch[2].tolist()]
+        with (Path(os.environ["TRACE"]) / f"{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return self._step(batch[:2], "train")
+
+    def validation_step(self, batch, batch_idx):
+        self._step(batch[:2], "val")
+
+
+if __name__ == "__main__":
+    from dlnb.config import RunConfig
+    from dlnb.trainer import fit
+
+    print(fit(RunConfig(**json.loads(sys.argv[1]))).folder)
