@@ -249,21 +249,21 @@ class DataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-# %% ../nbs/01_data.ipynb #f3e4dc2b
+# %% ../nbs/01_data.ipynb #a670f99f
 def remade(
     loader: DataLoader,
     cls: type[DataLoader],
     dataset: Dataset,
-    **sampling: Any,  # batch_size and sampler, or batch_sampler
+    **options: Any,  # batch_size and sampler, or batch_sampler; anything else that shall differ
 ) -> DataLoader:
     "A loader with the same workers and collation as another, over its dataset in another order."
     kept = (
         "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
     )
-    options = {name: getattr(loader, name) for name in kept.split()}
+    same = {name: getattr(loader, name) for name in kept.split()}
     if loader.num_workers:
-        options["prefetch_factor"] = loader.prefetch_factor
-    return cls(dataset, **options, **sampling)
+        same["prefetch_factor"] = loader.prefetch_factor
+    return cls(dataset, **same | options)
 
 
 def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:

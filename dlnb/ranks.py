@@ -7,7 +7,7 @@ __all__ = ['LINGER', 'SCRIPT', 'external_rank', 'is_first', 'job_environment', '
            'leave_interactive', 'run_rank', 'describe_exit', 'find_failure', 'is_starting', 'LogFollower', 'guard',
            'group_members', 'signal_group', 'end_group']
 
-# %% ../nbs/18_ranks.ipynb #e3bcb3e6
+# %% ../nbs/18_ranks.ipynb #80312099
 import json
 import os
 import shutil
@@ -22,7 +22,7 @@ from pathlib import Path
 
 LINGER = 3.0  # seconds that a failed rank stays: Lightning kills the kernel when one leaves, before the kernel can say anything
 
-# %% ../nbs/18_ranks.ipynb #9b50e516
+# %% ../nbs/18_ranks.ipynb #69e6d05e
 def external_rank() -> int | None:
     "This process's rank where a launcher (torchrun, srun) has started all the ranks; None where nobody has."
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -46,7 +46,7 @@ def job_environment() -> dict[str, str]:
             environment.pop(name, None)
     return environment
 
-# %% ../nbs/18_ranks.ipynb #21f3661b
+# %% ../nbs/18_ranks.ipynb #14271031
 @dataclass
 class Rank:
     "What is known of one rank's process."
@@ -73,7 +73,7 @@ def read_ranks(
     "The records that the other ranks have left in the job folder so far."
     return [Rank(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("rank-*.json"))]
 
-# %% ../nbs/18_ranks.ipynb #16da3311
+# %% ../nbs/18_ranks.ipynb #b12c6deb
 SCRIPT = """# Started by Lightning for every rank but the first.
 from dlnb.ranks import run_rank
 
@@ -110,10 +110,10 @@ def job_folder(
         (folder / "rank.py").write_text(script, encoding="utf-8")
         yield folder
     finally:
-        if not external_rank():  # under an outer launcher the others may still be reading
+        if not external_rank():  # the first rank of an outer launcher too: it stays until the others have finished
             shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/18_ranks.ipynb #5361b1a9
+# %% ../nbs/18_ranks.ipynb #37ab11b4
 def _make_shell():
     "IPython's shell without a terminal: displays nothing, and keeps the last traceback."
     from IPython.core.displaypub import DisplayPublisher
@@ -142,7 +142,7 @@ def leave_interactive(
     sys.__dict__.pop("ps1", None)
     sys.argv[:] = [script]
 
-# %% ../nbs/18_ranks.ipynb #553fe7d7
+# %% ../nbs/18_ranks.ipynb #6d054293
 def _redirect(path: Path) -> None:
     "Send this process's output, C++ libraries' too, to a file."
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -190,7 +190,7 @@ def _run_cell(shell, cell) -> bool:
         shell.failure = None
     return result.success or ("raises-exception" in tags and not ends_well)
 
-# %% ../nbs/18_ranks.ipynb #c3f48672
+# %% ../nbs/18_ranks.ipynb #b169cb55
 def _exit_status(pid: int) -> int | None:
     "The wait status of a zombie, the last field of /proc/PID/stat (see proc(5)); None where the system does not tell."
     try:
@@ -235,7 +235,7 @@ def find_failure(
             rank.evalue = f"process {rank.pid} {describe_exit(code)}"
     return min((rank for rank in ranks if rank.status == "failed"), key=lambda rank: rank.time, default=None)
 
-# %% ../nbs/18_ranks.ipynb #cc161592
+# %% ../nbs/18_ranks.ipynb #d9874b5f
 def is_starting(
     folder: Path,  # the job folder
     kernel: int,  # the kernel's process id
@@ -251,7 +251,7 @@ def is_starting(
     except psutil.NoSuchProcess:
         return False
 
-# %% ../nbs/18_ranks.ipynb #0bf762fe
+# %% ../nbs/18_ranks.ipynb #049a3fb5
 class LogFollower:
     "Reads the new lines of the ranks' logs."
 
@@ -281,7 +281,7 @@ class LogFollower:
         lines = whole.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
         return "".join(f"[rank {rank}] {line.rpartition(chr(13))[2]}\n" for line in lines if line.strip())
 
-# %% ../nbs/18_ranks.ipynb #cd3f7644
+# %% ../nbs/18_ranks.ipynb #1da09630
 @contextmanager
 def guard(
     group: int,  # a process group's id

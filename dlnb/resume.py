@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start', 'ResumableBatches', 'ResumableLoader',
-           'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches', 'count_batches_anew', 'ExactResume',
-           'manifest_of', 'AtomicCheckpoint']
+           'process_loaders', 'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches',
+           'count_batches_anew', 'ExactResume', 'manifest_of', 'AtomicCheckpoint']
 
 # %% ../nbs/12_resume.ipynb #66f171c1
 import random
@@ -66,7 +66,7 @@ def seed_generators(
     np.random.seed(streams[1])
     torch.manual_seed(int(streams[2]))  # all devices' generators
 
-# %% ../nbs/12_resume.ipynb #be043447
+# %% ../nbs/12_resume.ipynb #651aaee6
 class _Batch(list):
     "The indices of a batch, and the numbers that its streams belong to."
 
@@ -166,6 +166,12 @@ class ResumableLoader(DataLoader):
         return {}  # the position is the Trainer's, the order the sampler's or `ExactResume`'s
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def process_loaders(trainer: Trainer, process: Callable[[Any], Any]) -> None:
+    "Have every loader that the Trainer is going to use go through `process` last."
+    before = trainer.strategy.process_dataloader
+    trainer.strategy.process_dataloader = lambda loader: process(before(loader))
 
 
 def resumable(
@@ -320,7 +326,7 @@ def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (progress["total"], progress["current"]):
         counts.update({name: int(count * ratio) for name, count in counts.items()})
 
-# %% ../nbs/12_resume.ipynb #63758439
+# %% ../nbs/12_resume.ipynb #f7691681
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
 
@@ -340,24 +346,14 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         add_boundaries(trainer)
-        process = trainer.strategy.process_dataloader
-        if not hasattr(process, "is_resumable"):
-            trainer.strategy.process_dataloader = self._processing(trainer, process)
+        process_loaders(trainer, lambda loader: self._resumable(trainer, loader) if trainer.training else loader)
         _once_after(trainer.fit_loop, "on_run_start", lambda: self._restore(trainer))
 
-    def _processing(self, trainer: Trainer, process: Callable) -> Callable:
-        def resumable_loader(loader: Any) -> Any:
-            loader = process(loader)
-            if not trainer.training:
-                return loader
+    def _resumable(self, trainer: Trainer, loader: Any) -> Any:
+        def where() -> tuple[int, int, int]:
+            return self.seed, trainer.global_rank, trainer.fit_loop.epoch_progress.current.processed
 
-            def where() -> tuple[int, int, int]:
-                return self.seed, trainer.global_rank, trainer.fit_loop.epoch_progress.current.processed
-
-            return resumable(loader, where, self._take_start)
-
-        resumable_loader.is_resumable = True
-        return resumable_loader
+        return resumable(loader, where, self._take_start)
 
     def _take_start(self) -> Start:
         start, self.start = self.start, Start()

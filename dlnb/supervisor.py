@@ -196,7 +196,7 @@ class KernelClient(PapermillNotebookClient):
         self.widget_state = keep_shown_widgets(self.nb, self.widget_state)
         super().set_widgets_metadata()
 
-# %% ../nbs/19_supervisor.ipynb #506aa720
+# %% ../nbs/19_supervisor.ipynb #e373eef5
 INTERVAL = 0.2  # seconds between two looks at the ranks
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
@@ -277,9 +277,10 @@ class RankClient(KernelClient):
         if self.km.provisioner.process.poll() is None:
             self.seen_alive = time.time()
         self.failure = self.failure or find_failure(self.folder)
-        if self.stopped:  # then all ranks are about to end, and a training saves before
-            return time.monotonic() > self.deadline and not (self.is_saving and not self.impatient)
-        return self.failure is not None and time.time() > self.failure.time + GRACE
+        if self.failure is not None and time.time() > self.failure.time + GRACE:
+            return True
+        # All ranks are about to end when they were asked to, and a training saves before.
+        return time.monotonic() > self.deadline and not (self.is_saving and not self.impatient)
 
     @property
     def is_saving(self) -> bool:
@@ -309,9 +310,10 @@ class RankClient(KernelClient):
         time.sleep(INTERVAL)  # a rank that failed just before may still be writing
         self.is_over(index, last=True)
         code = self.km.provisioner.process.poll()
-        self.preempted = "Preempted" in (getattr(error, "ename", None), self.failure and self.failure.ename)
-        if getattr(error, "ename", None) == "Preempted":
-            self.failure = Rank(0, self.group)
+        own = dict(ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
+        self.preempted = "Preempted" in (own["ename"], self.failure and self.failure.ename)
+        if own["ename"] == "Preempted":
+            self.failure = Rank(0, self.group, **own)
             return self.nb_man.fail(index)  # it says where it stopped
         if self.stopped and not (self.failure and self.failure.time < self.stopped_at):
             self.failure = Rank(
@@ -322,20 +324,20 @@ class RankClient(KernelClient):
         elif isinstance(error, CellTimeoutError):
             self.failure = Rank(0, self.group, ename="CellTimeoutError", evalue=str(error).splitlines()[0])
         elif self.failure is None or (isinstance(error, CellExecutionError) and self.failure.time > ended):
-            self.failure = Rank(0, self.group)
+            self.failure = Rank(0, self.group, **own)
             return self.nb_man.fail(index)  # rank 0's own error stands in the cell already
         write_failure(self.nb_man, self.failure, index)
 
     @contextmanager
     def handle_signals(self):
-        "Pass Ctrl-C, SIGTERM and SIGUSR1 on to all ranks; the second time, wait no longer."
+        "Pass Ctrl-C, SIGTERM, and SIGUSR1 as SIGTERM, on to all ranks; the second time, wait no longer."
 
         def stop(number: int, frame) -> None:
             self.impatient = bool(self.stopped)
             self.deadline = time.monotonic() + (0 if self.stopped else STOP_GRACE)
             self.stopped, self.stopped_at = number, min(self.stopped_at, time.time())
             if self.group:
-                signal_group(self.group, number)
+                signal_group(self.group, signal.SIGTERM if number == signal.SIGUSR1 else number)
 
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread alone

@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
            'is_finished', 'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #41d9a844
+# %% ../nbs/17_trainer.ipynb #458df51c
 import logging
 import os
 import sys
@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed import TCPStore
 
 from .callbacks import CheckBatches, CheckMonitor, LoadWeights, RunRecorder, StopTogether, progress_bar
 from .checkpoint import Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
@@ -247,7 +248,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #0830fe53
+# %% ../nbs/17_trainer.ipynb #fc49bbe7
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -291,6 +292,7 @@ def fit(
         )
         return record
     record.settings = config.model_dump()
+    _leave_old_store()
     with quiet_lightning():
         trainer = build_trainer(config, record)
         with _recorded(trainer, record):
@@ -347,6 +349,18 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
         if trainer.is_global_zero and record.attempts:
             record.end(error)
             record.write()
+
+# %% ../nbs/17_trainer.ipynb #1ed06c3d
+def _leave_old_store() -> None:
+    "Have the ranks of a restart meet in a store of their own: torch 2.13 reads the last attempt's addresses from the old one."
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt == 0 or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
+        return
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"dlnb/port-{attempt}"
+    if os.environ["RANK"] == "0":
+        store.set(key, str(find_free_network_port()))
+    os.environ |= {"MASTER_PORT": store.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 # %% ../nbs/17_trainer.ipynb #83e16662
 def _leave_group() -> None:

@@ -22,7 +22,10 @@ class TracedNet(DigitsNet):
     "Notes each batch: the time, the epoch, the optimizer step that it belongs to, and the samples."
 
     def on_train_batch_start(self, batch, batch_idx):
-        if self.trainer.global_step == int(os.environ.get("STOP_AT", -1)):
+        stopped = Path(os.environ.get("STOP_ONCE", "nowhere"))
+        if self.trainer.global_step == int(os.environ.get("STOP_AT", -1)) and not stopped.exists():
+            if stopped.name != "nowhere" and self.global_rank == 0:
+                stopped.touch()
             raise RuntimeError("STOP_AT")
 
     def training_step(self, batch, batch_idx):
