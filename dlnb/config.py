@@ -412,7 +412,7 @@ class RunConfig(BaseModel):
         "The W&B project: `<Data>-<Model>-<mode>`."
         return f"{self.task}-{_check_mode(mode)}"
 
-# %% ../nbs/04_config.ipynb #b1d89c0f
+# %% ../nbs/04_config.ipynb #6d9e4ad5
 def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
@@ -447,7 +447,7 @@ def _check_agreement(config: RunConfig) -> None:
         raise ValueError(f"patience={config.patience} needs a metric: give monitor, or patience=None.")
     if config.monitor is None and config.save_top_k not in (-1, 0, 1):
         raise ValueError(f"save_top_k={config.save_top_k} needs a metric to rank by: give monitor, or save_top_k=1.")
-    if config.origin and not Path(config.origin).exists():
+    if config.origin is not None and not (config.origin and Path(config.origin).exists()):
         raise ValueError(
             f"resume={config.resume!r} must be 'auto', 'never', or a run's folder or checkpoint that exists."
         )

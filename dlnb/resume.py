@@ -7,9 +7,10 @@ __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start
            'process_loaders', 'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches',
            'count_batches_anew', 'ExactResume', 'manifest_of', 'AtomicCheckpoint']
 
-# %% ../nbs/12_resume.ipynb #66f171c1
+# %% ../nbs/12_resume.ipynb #537ad4d1
 import random
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import wraps
@@ -22,7 +23,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from .checkpoint import KEY, HostCopy, Manifest, Writer, save_checkpoint
 from .data import EpochSampler, remade
@@ -66,7 +67,7 @@ def seed_generators(
     np.random.seed(streams[1])
     torch.manual_seed(int(streams[2]))  # all devices' generators
 
-# %% ../nbs/12_resume.ipynb #651aaee6
+# %% ../nbs/12_resume.ipynb #925af801
 class _Batch(list):
     "The indices of a batch, and the numbers that its streams belong to."
 
@@ -159,6 +160,17 @@ def _dropped(batches: Iterator, count: int) -> Iterator:
     return batches
 
 
+def _read_and_drop(fetcher: Any, count: int) -> None:
+    "For data that can only be read from the beginning."
+    warnings.warn(
+        f"The {count} batches of this epoch that were trained before are read once more, and dropped: the data cannot begin in the "
+        "middle. A DataLoader over a dataset with a length can, and any loader with state_dict and load_state_dict.",
+        stacklevel=2,
+    )
+    _dropped(fetcher, count)
+    fetcher.fetched -= count  # Lightning adds them itself
+
+
 class ResumableLoader(DataLoader):
     "A loader over `ResumableBatches`. The methods of a stateful loader tell Lightning that it can go on."
 
@@ -181,7 +193,11 @@ def resumable(
 ) -> Any:
     "The same loader, able to begin in the middle; one of a class of its own, or of an iterable dataset, as it is."
     batches = getattr(loader, "batch_sampler", None)
-    if type(loader) is not DataLoader or not isinstance(batches, BatchSampler):
+    if (
+        type(loader) is not DataLoader
+        or not isinstance(batches, BatchSampler)
+        or isinstance(loader.dataset, IterableDataset)
+    ):
         return loader
     sampler = ResumableBatches(batches, where, start)
     return remade(loader, ResumableLoader, _SeededDataset(loader.dataset), batch_sampler=sampler)
@@ -310,6 +326,28 @@ def _to(value: Any, device: Any) -> Any:
         return [_to(item, device) for item in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
+# %% ../nbs/12_resume.ipynb #2915f7cd
+def _own_buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
+    "The buffers of this rank that are not the same on all of them."
+    state = trainer.lightning_module.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in state}
+    if trainer.world_size == 1 or not buffers:
+        return {}
+    sums = {
+        name: zlib.crc32(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for name, buffer in buffers.items()
+    }
+    ranks = [sums] * trainer.world_size
+    distributed.all_gather_object(ranks, sums)
+    return {name: buffer for name, buffer in buffers.items() if len({sums[name] for sums in ranks}) > 1}
+
+
+def _restore_buffers(trainer: Trainer, saved: dict[str, torch.Tensor]) -> None:
+    buffers = dict(trainer.lightning_module.named_buffers())
+    with torch.no_grad():
+        for name, value in saved.items():
+            buffers[name].copy_(value)
+
 # %% ../nbs/12_resume.ipynb #00c80826
 def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     "Let a checkpoint's loops count this Trainer's batches. Raises `ValueError` where they, or its steps, do not come out even."
@@ -326,7 +364,7 @@ def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (progress["total"], progress["current"]):
         counts.update({name: int(count * ratio) for name, count in counts.items()})
 
-# %% ../nbs/12_resume.ipynb #f7691681
+# %% ../nbs/12_resume.ipynb #cbc73698
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
 
@@ -341,6 +379,7 @@ class ExactResume(Callback):
         self.saved: list[dict] | None = None  # one a rank, from the checkpoint
         self.collected: list[dict] = []  # likewise, for the next one
         self.start = Start()  # of the next epoch
+        self.loader_states: list[dict] = []  # of loaders that keep their own position
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -366,18 +405,14 @@ class ExactResume(Callback):
         self.saved = state.get("ranks")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         if KEY in checkpoint:
             count_batches_anew(trainer, checkpoint)
 
     def collect(self, trainer: Trainer) -> None:
         "Gather the ranks' states, for `state_dict`; all ranks call it, right before they save."
-        state = HostCopy().take(
-            {
-                "generators": generator_states(),
-                "metrics": _metric_states(trainer),
-                "begun": self._begun(trainer),
-            }
-        )
+        state = {"generators": generator_states(), "metrics": _metric_states(trainer), "begun": self._begun(trainer)}
+        state = HostCopy().take(state | {"buffers": _own_buffers(trainer)})
         self.collected = [state]
         if trainer.world_size > 1:
             self.collected = [None] * trainer.world_size
@@ -410,10 +445,16 @@ class ExactResume(Callback):
             return
         own = self._own(trainer)
         self._warn_of_order(trainer)
-        self.start = Start(trained_batches(trainer), own["begun"] if own else None)
-        for loader in fit_loop._combined_loader.flattened:
+        loaders, batches = fit_loop._combined_loader.flattened, trained_batches(trainer)
+        for loader in loaders:
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+        skipping = all(hasattr(loader, "load_state_dict") for loader in loaders)
+        self.start = Start(batches if skipping else 0, own["begun"] if own else None)
+        if self.loader_states:
+            fit_loop._combined_loader._load_state_dicts(self.loader_states)
         iter(fit_loop._data_fetcher)  # Lightning has begun an epoch already, to count its batches
+        if not skipping:
+            _read_and_drop(fit_loop._data_fetcher, batches)
         _once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
 
     def _warn_of_order(self, trainer: Trainer) -> None:
@@ -432,6 +473,7 @@ class ExactResume(Callback):
         if own is None:
             seed_generators(self.seed, trainer.global_rank, trainer.global_step)
         else:
+            _restore_buffers(trainer, own["buffers"])
             set_generator_states(own["generators"])
         if self.saved:
             together = self.saved if trainer.is_global_zero else []

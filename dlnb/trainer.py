@@ -165,7 +165,7 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/17_trainer.ipynb #29689141
+# %% ../nbs/17_trainer.ipynb #f928b081
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. Raises `ValueError` where another process is training it."
     folder = config.folder()
@@ -201,7 +201,10 @@ def _find_given(config: RunConfig) -> Found:
     "The newest checkpoint of a run's folder, or a checkpoint, which stock Lightning or DeepSpeed may have written."
     path = Path(config.resume)
     if (path / "run.json").is_file():
-        _check_nobody_writes(RunRecord.read(path), "trained", "Wait for it, or end it.")
+        origin = RunRecord.read(path)
+        if origin.mode != "train":
+            raise ValueError(f"resume={config.resume!r} is the folder of a {origin.mode}, not of a training.")
+        _check_nobody_writes(origin, "trained", "Wait for it, or end it.")
         if (found := find_checkpoint(path / "checkpoints")) is None:
             raise ValueError(f"resume={str(path)!r} is a run without a checkpoint: its training had not saved one yet.")
         return found
@@ -248,7 +251,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #fc49bbe7
+# %% ../nbs/17_trainer.ipynb #87eed559
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -265,6 +268,7 @@ def quiet_lightning():
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
             ".*treespec, LeafSpec.*",  # Lightning's own call of torch
+            ".*The dirpath has changed from.*",  # another run's best checkpoint is not this one's
             ".*each worker will save a shard.*",  # and dlnb makes one file of them
         ):
             warnings.filterwarnings("ignore", message=noise)

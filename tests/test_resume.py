@@ -6,10 +6,11 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 
 import psutil
 import pytest
-from conftest import TRAIN
+from conftest import REPOSITORY, TRAIN
 
 pytestmark = pytest.mark.timeout(400)
 SETTINGS = dict(accelerator="cpu", devices=2, max_epochs=4, batch_size=16, accumulate_grad_batches=2, optimizer="AdamW")
@@ -40,7 +41,7 @@ def victim(job, kind: str) -> psutil.Process:
     return next(process for process in job.family.values() if process.is_running() and word in " ".join(process.cmdline()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
 def test_a_killed_training_ends_with_the_same_bytes(papermill, tmp_path, strategy):
     settings = SETTINGS | {"strategy": strategy}
     assert papermill(TRAIN, **settings, root=tmp_path / "whole").wait() == 0
@@ -63,3 +64,57 @@ def test_a_killed_training_ends_with_the_same_bytes(papermill, tmp_path, strateg
     assert (record["status"], record["attempts"]) == ("finished", 3)
     assert sorted(os.listdir(folder / "checkpoints")) == sorted(os.listdir(run_of(tmp_path / "whole")[0] / "checkpoints"))
     assert weights_of(root) == weights_of(tmp_path / "whole")
+
+
+TRACED = REPOSITORY / "tests" / "traced.py"
+LONG = SETTINGS | dict(model=f"{TRACED}:TracedNet", data=f"{TRACED}:TracedDigits", max_epochs=12)
+
+
+def batches_of(trace) -> dict[int, Counter]:
+    "The batches of each epoch with their step; one that was trained again after a kill counts once, if it was the same."
+    lines = [line for path in trace.iterdir() for line in path.read_text().splitlines()]
+    lines = [json.loads(line)[1:] for line in lines if line.endswith("]")]  # a kill may cut the last one
+    batches = {(epoch, step, tuple(samples)) for epoch, step, samples in lines}
+    return {epoch: Counter((step, samples) for of, step, samples in batches if of == epoch) for epoch, *_ in batches}
+
+
+def kill_at_random(job, root, draw, kind: str, during_a_save: bool) -> None:
+    "Kill one of a training's processes once it trains: while it saves, or at any moment."
+    while not (root.exists() and any(root.rglob("run.json")) and run_of(root)[1]["pid"] in job.family):
+        job.look()
+        if job.process.poll() is not None:
+            return
+        time.sleep(0.02)
+    checkpoints, deadline = run_of(root)[0] / "checkpoints", time.monotonic() + 5
+    time.sleep(draw.uniform(0, 1.5))
+    while during_a_save and not list(checkpoints.glob("*.unfinished")) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    try:
+        victim(job, kind).send_signal(signal.SIGKILL)
+    except (psutil.NoSuchProcess, StopIteration):
+        pass  # it has just ended
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(papermill, tmp_path, monkeypatch, strategy):
+    settings, roots = LONG | {"strategy": strategy}, {name: tmp_path / name for name in ("whole", "killed")}
+    for name in roots:
+        (tmp_path / f"{name}-trace").mkdir()
+    monkeypatch.setenv("TRACE", str(tmp_path / "whole-trace"))
+    assert papermill(TRAIN, **settings, root=roots["whole"]).wait() == 0
+    monkeypatch.setenv("TRACE", str(tmp_path / "killed-trace"))
+    draw, kills = random.Random(strategy), 0
+    for number in range(9):
+        job = papermill(TRAIN, **settings, root=roots["killed"])
+        kill_at_random(job, roots["killed"], draw, ("rank", "kernel", "papermill")[number % 3], during_a_save=number % 2 == 1)
+        kills += job.wait() != 0
+        assert job.leftover() == []
+    again = papermill(TRAIN, **settings, root=roots["killed"])
+    assert again.wait() == 0, again.log.read_text()[-2000:]
+    _, record = run_of(roots["killed"])
+    print(strategy, kills, "kills,", record["attempts"], "attempts that trained")
+    assert record["status"] == "finished" and kills >= 8
+    assert weights_of(roots["killed"]) == weights_of(roots["whole"])
+    assert batches_of(tmp_path / "killed-trace") == batches_of(tmp_path / "whole-trace")

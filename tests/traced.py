@@ -1,12 +1,15 @@
 """A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`.
 
-`STOP_AT`, an optimizer step, ends the training there with an error, and `TRACE` names a folder for the samples' numbers."""
+`TRACE` names a folder for the samples' numbers. `STOP_AT`, an optimizer step, ends the training there with an error, where `STOP_ONCE`
+names a file only once. `SAVE_START` names a checkpoint to save before the first step."""
 
 import json
 import os
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from dlnb.examples import Digits, DigitsNet
 
@@ -20,6 +23,10 @@ class TracedDigits(Digits):
 
 class TracedNet(DigitsNet):
     "Notes each batch: the time, the epoch, the optimizer step that it belongs to, and the samples."
+
+    def on_train_start(self):
+        if "SAVE_START" in os.environ:
+            self.trainer.save_checkpoint(os.environ["SAVE_START"])
 
     def on_train_batch_start(self, batch, batch_idx):
         stopped = Path(os.environ.get("STOP_ONCE", "nowhere"))
@@ -36,6 +43,13 @@ class TracedNet(DigitsNet):
 
     def validation_step(self, batch, batch_idx):
         self._step(batch[:2], "val")
+
+
+class SteppedBySGD(TracedNet):
+    "The same model with another optimizer."
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""A checkpoint is complete or invisible: a save that is killed, or runs into a full disk, at every one of its system calls."""
+
+import errno
+import os
+import resource
+import signal
+import sys
+import traceback
+
+import pytest
+import torch
+
+from dlnb.checkpoint import KEY, UNFINISHED, Manifest, Write, Writer, find_checkpoint, tidy
+
+EVENTS = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copytree", "shutil.rmtree")
+SIZE = 50_000  # elements of the tensor in a checkpoint
+
+
+def save(folder, kind: str, step: int, background: bool = False) -> None:
+    "Save a step under the names of the best and the last, in the place of the step before."
+    staging, manifest = folder / f"last.ckpt{UNFINISHED}", Manifest(step=step, epoch=0)
+    content = {"weight": torch.full((SIZE,), float(step)), KEY: manifest.model_dump(mode="json")}
+    files = {staging: content}
+    if kind == "folder":
+        (staging / "checkpoint").mkdir(parents=True)
+        files = {staging / "checkpoint" / name: content for name in ("a.pt", "b.pt")}
+    names = [folder / f"step={step}.ckpt", folder / "last.ckpt"]
+    writer = Writer()
+    writer.write(Write(staging, files, 0, manifest, names, [folder / f"step={step - 1}.ckpt"]), background)
+    writer.finish()
+
+
+class Fault:
+    "Does something at the n-th system call that a save makes of Python, or at a size of a file that torch writes."
+
+    def __init__(self, folder, at: int, act):
+        self.folder, self.at, self.act, self.seen = str(folder), at, act, 0
+        fsync = os.fsync
+        os.fsync = lambda descriptor: (self.count(), fsync(descriptor))
+        sys.addaudithook(self.hook)  # for the rest of this process
+
+    def hook(self, event, arguments):
+        if event in EVENTS and arguments and self.folder in str(arguments[0]):
+            self.count()
+
+    def count(self):
+        self.seen += 1
+        if self.seen == self.at:
+            self.act()
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def in_a_child(act) -> int:
+    "The exit code of a process that does something, negative for a signal: 0 where it went well, 3 after an error."
+    if (child := os.fork()) == 0:
+        try:
+            os._exit(act() or 0)
+        except (OSError, RuntimeError):
+            os._exit(3)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(4)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def check(folder, kind: str, least: int = 1) -> int:
+    "The step of the checkpoint that a training would go on from; every name in the folder is of a complete one."
+    tidy(folder)
+    found = find_checkpoint(folder)
+    assert found.damaged == [] and found.manifest.step >= least
+    paths = [found.path] if kind == "file" else [found.path / "checkpoint" / name for name in ("a.pt", "b.pt")]
+    for path in paths:
+        assert torch.load(path)["weight"].unique().tolist() == [found.manifest.step]
+    assert all(path.suffix == ".ckpt" for path in folder.iterdir())
+    return found.manifest.step
+
+
+def number_of_calls(folder, kind: str) -> int:
+    def act():
+        fault = Fault(folder, 0, kill)
+        save(folder, kind, 2)
+        (folder.parent / "calls").write_text(str(fault.seen))
+
+    assert in_a_child(act) == 0
+    return int((folder.parent / "calls").read_text())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a child of a process with a pool of threads must not use it
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("act, code", [(kill, -signal.SIGKILL), (fill_the_disk, 3)], ids=["kill", "ENOSPC"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_at_every_system_call_a_complete_checkpoint_remains(tmp_path, kind, act, code, background):
+    (counted := tmp_path / "counted" / "checkpoints").mkdir(parents=True)
+    save(counted, kind, 1)
+    calls, steps = number_of_calls(counted, kind), []
+    assert calls > 8
+    for at in range(1, calls + 1):
+        (folder := tmp_path / str(at)).mkdir()
+        save(folder, kind, 1)
+
+        def attempt():
+            Fault(folder, at, act)
+            save(folder, kind, 2, background)
+
+        ended = in_a_child(attempt)
+        steps.append(check(folder, kind))
+        assert ended == code or (act is fill_the_disk and ended == 0 and steps[-1] == 2)  # a link that fails is a copy
+        save(folder, kind, 3)  # and the training goes on
+        assert check(folder, kind, least=3) == 3
+    assert {1, 2} == set(steps) and (act is fill_the_disk or steps == sorted(steps))
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["kill", "short write"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_at_every_size_of_a_written_file_the_checkpoint_before_remains(tmp_path, kind, dies):
+    save(tmp_path, kind, 1)
+    size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    for limit in (0, 1, 100, 4096, size // 2, size - 100, size - 1):
+
+        def attempt():
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if dies else signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            save(tmp_path, kind, 2)
+
+        assert in_a_child(attempt) == (-signal.SIGXFSZ if dies else 3)
+        assert check(tmp_path, kind) == 1

@@ -1,0 +1,110 @@
+"""A training goes on with other ranks and under another strategy: every sample once, the moments kept, the weights those of one that
+nobody disturbed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from safetensors.torch import load_file
+
+from dlnb.layout import read_optimizer_states
+from dlnb.reshape import read_elements
+
+TRACED = REPOSITORY / "tests" / "traced.py"
+STOPPED_AT = 55  # the last checkpoint before step 58, in the middle of the second of three epochs of 39 steps
+SETTINGS = dict(model=f"{TRACED}:TracedNet", data=f"{TRACED}:TracedDigits", data_args={"num_workers": 0}, accelerator="cpu")
+SETTINGS |= dict(model_args={"dropout": 0.0, "width": 9}, max_epochs=3, lr=3e-3, optimizer="AdamW", save_every_n_steps=5)
+
+pytestmark = pytest.mark.timeout(400)
+
+
+class Training:
+    "A training in processes of its own: its folder, and the batches of samples that it was trained on."
+
+    def __init__(self, root: Path, strategy: str, ranks: int, environment: dict = {}, **settings):
+        (root / "trace").mkdir(parents=True)
+        batch = {1: 32, 2: 16, 4: 8}[ranks]  # 32 samples a step
+        strategy = "auto" if strategy == "ddp" and ranks == 1 else strategy
+        settings = SETTINGS | dict(strategy=strategy, devices=ranks, batch_size=batch, root=str(root)) | settings
+        environment = os.environ | {"TRACE": str(root / "trace")} | environment
+        command = [sys.executable, TRACED, json.dumps(settings)]
+        self.done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        (record,) = root.rglob("run.json")
+        self.folder, self.record = record.parent, json.loads(record.read_text())
+        lines = [line for path in (root / "trace").iterdir() for line in path.read_text().splitlines()]
+        self.batches = [json.loads(line)[1:] for line in lines]  # epoch, step, samples
+
+    def samples(self, epoch: int, before: float = float("inf")) -> Counter:
+        "How often each sample came in an epoch, up to a step."
+        return Counter(sample for of, step, ids in self.batches if of == epoch and step < before for sample in ids)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A training that nobody disturbs."
+    return Training(tmp_path_factory.mktemp("whole"), "ddp", 2)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    "A training that fails after its last checkpoint, made once for each strategy and number of ranks."
+    made = {}
+
+    def stopped(strategy: str, ranks: int) -> Training:
+        if (strategy, ranks) not in made:
+            made[strategy, ranks] = Training(tmp_path_factory.mktemp("stopped"), strategy, ranks, {"STOP_AT": "58"})
+            assert "STOP_AT" in made[strategy, ranks].done.stderr
+        return made[strategy, ranks]
+
+    return stopped
+
+
+def moments(checkpoint: Path) -> Counter:
+    "The bytes of every moment of every parameter."
+    states = read_optimizer_states(checkpoint)
+    assert states.keys() == {"step", "exp_avg", "exp_avg_sq"} and set(states["step"].values()) == {STOPPED_AT}
+    return Counter(bytes(read_elements(weight).numpy()) for name in ("exp_avg", "exp_avg_sq") for weight in states[name].values())
+
+
+def difference(one: Training, other: Training) -> float:
+    weights = [load_file(training.folder / "model.safetensors") for training in (one, other)]
+    return max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+
+
+SOME = [("ddp", 2, "ddp", 1), ("deepspeed_stage_3", 2, "ddp", 2), ("ddp", 1, "deepspeed_stage_3", 2), ("deepspeed_stage_2", 2, "deepspeed_stage_3", 1)]
+ZERO = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+ALL = [(of, before, of, after) for of in ("ddp", *ZERO) for before, after in ((2, 1), (1, 2), (2, 4))]
+ALL += [("ddp", 2, of, 2) for of in (*ZERO, "deepspeed_stage_3_offload")] + [(of, 2, "ddp", 1) for of in ZERO]
+
+
+@pytest.mark.parametrize("strategy, ranks, then, ranks_then", [*SOME, *(pytest.param(*case, marks=pytest.mark.soak) for case in ALL if case not in SOME)])
+def test_a_training_goes_on_with_other_ranks_and_under_another_strategy(whole, stopped, tmp_path, strategy, ranks, then, ranks_then):
+    origin, saved = stopped(strategy, ranks), tmp_path / "start.ckpt"
+    again = Training(tmp_path / "again", then, ranks_then, {"SAVE_START": str(saved)}, resume=str(origin.folder))
+    assert again.done.returncode == 0, again.done.stderr[-3000:]
+    assert f"step {STOPPED_AT} (1 epochs" in again.done.stdout and "begins anew" not in again.done.stderr
+    assert (again.record["status"], again.record["step"]) == ("finished", whole.record["step"])
+    assert Path(again.record["resumed_from"]).is_relative_to(origin.folder)
+    assert moments(saved) == moments(origin.folder / "checkpoints" / "last.ckpt")
+    assert origin.samples(1, STOPPED_AT) + again.samples(1) == whole.samples(1) and max(whole.samples(1).values()) == 1
+    assert again.samples(2) == whole.samples(2)
+    assert difference(again, whole) < 1e-5
+
+
+def test_the_global_batch_is_kept_by_accumulation(stopped, whole, tmp_path):
+    origin = stopped("ddp", 2)
+    again = Training(tmp_path, "deepspeed_stage_1", 1, resume=str(origin.folder), batch_size=8)
+    assert again.record["resolved"]["accumulate_grad_batches"] == 4 and again.record["resolved"]["global_batch_size"] == 32
+    assert difference(again, whole) < 1e-5
+
+
+def test_another_optimizer_begins_anew_and_says_so(stopped, tmp_path):
+    origin = stopped("ddp", 2)
+    again = Training(tmp_path, "deepspeed_stage_1", 1, resume=str(origin.folder), model=f"{TRACED}:SteppedBySGD", max_epochs=2)
+    assert again.record["status"] == "finished"
+    assert "torch.optim.SGD begins anew: it keeps" in again.done.stderr
