@@ -233,7 +233,7 @@ class SavedTraining:
         names = {place: name for pair in zip(saved, groups) for place, name in zip(*pair)}
         return {state: {names[place]: value for place, value in values.items()} for state, values in states.items()}
 
-# %% ../nbs/13_reshape.ipynb #db4308c8
+# %% ../nbs/13_reshape.ipynb #bf769f98
 def is_native(trainer: Trainer, checkpoint: Path) -> bool:
     "Whether the Trainer's strategy loads this checkpoint by itself, with all that the optimizer keeps."
     if not zero_stage(trainer.strategy):
@@ -273,6 +273,10 @@ def load_cut_model(
     "Give a model under ZeRO its weights, of which each rank reads its own part, and the optimizer its master copy of them."
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
     cut = hasattr(optimizer, "grad_position")
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise NotImplementedError(
+            f"{saved.path}: offload to NVMe takes only checkpoints of its own. Offload to the CPU takes it."
+        )
     parameters = dict(module.named_parameters())
     others = {name: value for name, value in saved.content["state_dict"].items() if name not in parameters}
     if cut:
@@ -321,11 +325,14 @@ class ContinueFrom(Callback):
         weights_only: bool | None = None,  # as for `torch.load`; False runs what a checkpoint's pickles name
     ):
         self.checkpoint, self.weights_only = checkpoint and Path(checkpoint), weights_only
+        self.is_reshaped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.checkpoint = trainer.strategy.broadcast(self.checkpoint)
+        self.checkpoint, self.weights_only = trainer.strategy.broadcast((self.checkpoint, self.weights_only))
+        if self.checkpoint is None:
+            return
         connector = trainer._checkpoint_connector
         resume_start, load_checkpoint = connector.resume_start, trainer.strategy.load_checkpoint
 
@@ -337,6 +344,7 @@ class ContinueFrom(Callback):
 
     def _load_other(self, trainer: Trainer, path: Path) -> dict[str, Any]:
         saved, strategy = SavedTraining(path, self.weights_only), trainer.strategy
+        self.is_reshaped = True
         if zero_stage(strategy):
             load_cut_model(trainer, saved)
             load_optimizer(trainer, saved)
@@ -350,7 +358,7 @@ class ContinueFrom(Callback):
         for name in self._exchanged:
             vars(trainer.strategy).pop(name, None)
         vars(trainer._checkpoint_connector).pop("resume_start", None)
-        if self.checkpoint is not None:
+        if self.is_reshaped:
             _restore_learning_rates(trainer)
 
 

@@ -7,7 +7,7 @@ __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start
            'process_loaders', 'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches',
            'count_batches_anew', 'ExactResume', 'manifest_of', 'AtomicCheckpoint']
 
-# %% ../nbs/12_resume.ipynb #537ad4d1
+# %% ../nbs/12_resume.ipynb #f62b294e
 import random
 import warnings
 import zlib
@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
@@ -364,7 +365,7 @@ def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (progress["total"], progress["current"]):
         counts.update({name: int(count * ratio) for name, count in counts.items()})
 
-# %% ../nbs/12_resume.ipynb #cbc73698
+# %% ../nbs/12_resume.ipynb #baadfa82
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
 
@@ -405,6 +406,8 @@ class ExactResume(Callback):
         self.saved = state.get("ranks")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         if KEY in checkpoint:
             count_batches_anew(trainer, checkpoint)

@@ -47,7 +47,7 @@ def now() -> str:
     "The time in UTC, to the second, in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/09_track.ipynb #08d09be4
+# %% ../nbs/09_track.ipynb #2959ff3a
 def write_json(
     path: Path,
     value: Any,
@@ -180,6 +180,7 @@ class RunRecord(BaseModel):
         metrics = {name: f"{value:.4g}" for name, value in sorted(self.metrics.items())}
         if self.mode in ("test", "predict"):
             return rows | {"run": self.run} | metrics | ({"predictions": self.predictions} if self.predictions else {})
+        rows |= {"went on from": self.resumed_from} if self.resumed_from else {}
         best = f"{self.best_checkpoint} ({self.best_score:.4g})" if self.best_score is not None else "-"
         return rows | {"trained": f"{self.epoch} epochs, {self.step} steps"} | metrics | {"best checkpoint": best}
 

@@ -6,13 +6,16 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
            'is_finished', 'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #458df51c
+# %% ../nbs/17_trainer.ipynb #e6013aa0
+import fcntl
+import hashlib
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +168,7 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/17_trainer.ipynb #f928b081
+# %% ../nbs/17_trainer.ipynb #9835a1f9
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. Raises `ValueError` where another process is training it."
     folder = config.folder()
@@ -234,6 +237,18 @@ def _check_nobody_writes(record: RunRecord, what: str, remedy: str) -> None:
         raise ValueError(f"{record.folder} is being {what} by process {record.pid} since {record.started}. {remedy}")
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "Raise `ValueError` where another process of this machine has begun with this run, and not written its record yet."
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"dlnb-{os.getuid()}-{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being trained by another process, which has just begun.") from None
+        yield
+
+
 def _free_folder(folder: Path) -> Path:
     beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
     return next(path for path in (folder, *beside) if not path.exists())
@@ -251,7 +266,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #87eed559
+# %% ../nbs/17_trainer.ipynb #a41e5604
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -299,7 +314,7 @@ def fit(
     _leave_old_store()
     with quiet_lightning():
         trainer = build_trainer(config, record)
-        with _recorded(trainer, record):
+        with _recorded(trainer, record), _alone(record.folder) if trainer.is_global_zero else nullcontext():
             trained, data = model or build_model(config), data or build_data(config)
             if trainer.is_global_zero:
                 _announce(start := find_start(config, record))
