@@ -152,7 +152,7 @@ class DlnbEngine:
             _begin_again(nb, fresh, crashes)
         return nb
 
-# %% ../nbs/20_engine.ipynb #9c3b5b43
+# %% ../nbs/20_engine.ipynb #bd57c331
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:
     "Run the notebook once; where a training has crashed, and can go on, what happened to it."
     text = nbformat.writes(nb)
@@ -200,15 +200,13 @@ def _check_restarts(value: Any) -> int:
 
 
 def _begin_again(nb, fresh, crashes: list[str]) -> None:
-    "Make a notebook that has crashed as it was, but for a word on what happened."
-    from nbformat.v4 import new_output
+    "Make a notebook that has crashed as it was, but for a word on what happened, at its top."
     from papermill.log import logger
 
-    nb.cells, nb.metadata = copy.deepcopy(fresh.cells), copy.deepcopy(fresh.metadata)
-    text = "".join(f"Attempt {number} crashed: {crash}\n" for number, crash in enumerate(crashes, 1))
-    logger.warning(text.splitlines()[-1])
-    first = next(cell for cell in nb.cells if cell.cell_type == "code")
-    first.outputs = [new_output("stream", name="stderr", text=text)]
+    lines = [f"Attempt {number} crashed: {crash}" for number, crash in enumerate(crashes, 1)]
+    logger.warning(lines[-1])
+    told = nbformat.v4.new_markdown_cell("  \n".join(lines), metadata=nbformat.from_dict({"papermill": {}, "tags": []}))
+    nb.cells, nb.metadata = [told, *copy.deepcopy(fresh.cells)], copy.deepcopy(fresh.metadata)
 
 
 def _keep_in_run(nb, folder: Path, input_path) -> None:

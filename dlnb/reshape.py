@@ -233,7 +233,7 @@ class SavedTraining:
         names = {place: name for pair in zip(saved, groups) for place, name in zip(*pair)}
         return {state: {names[place]: value for place, value in values.items()} for state, values in states.items()}
 
-# %% ../nbs/13_reshape.ipynb #bf769f98
+# %% ../nbs/13_reshape.ipynb #e07b0289
 def is_native(trainer: Trainer, checkpoint: Path) -> bool:
     "Whether the Trainer's strategy loads this checkpoint by itself, with all that the optimizer keeps."
     if not zero_stage(trainer.strategy):
@@ -333,18 +333,32 @@ class ContinueFrom(Callback):
         self.checkpoint, self.weights_only = trainer.strategy.broadcast((self.checkpoint, self.weights_only))
         if self.checkpoint is None:
             return
-        connector = trainer._checkpoint_connector
-        resume_start, load_checkpoint = connector.resume_start, trainer.strategy.load_checkpoint
+        connector, strategy = trainer._checkpoint_connector, trainer.strategy
+        resume_start, load_checkpoint = connector.resume_start, strategy.load_checkpoint
+        load_optimizer_state = strategy.load_optimizer_state_dict
 
         def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-            return load_checkpoint(path, weights_only) if is_native(trainer, path) else self._load_other(trainer, path)
+            return load_checkpoint(path, weights_only) if is_native(trainer, path) else self._load_other(trainer)
+
+        def load_states(checkpoint: dict[str, Any]) -> None:
+            load_optimizer_state(checkpoint) if self._is_same_optimizer(trainer) else self._load_states(trainer)
 
         connector.resume_start = lambda *_, **__: resume_start(self.checkpoint, weights_only=self.weights_only)
-        trainer.strategy.load_checkpoint = load
+        strategy.load_checkpoint, strategy.load_optimizer_state_dict = load, load_states
 
-    def _load_other(self, trainer: Trainer, path: Path) -> dict[str, Any]:
-        saved, strategy = SavedTraining(path, self.weights_only), trainer.strategy
+    def _is_same_optimizer(self, trainer: Trainer) -> bool:
+        manifest, here = read_manifest(self.checkpoint), describe_optimizer(trainer.optimizers[0])
+        return manifest is None or manifest.optimizer.partition("(")[0] == here.partition("(")[0]
+
+    def _load_states(self, trainer: Trainer) -> None:
+        load_optimizer(trainer, self._saved())
+
+    def _saved(self) -> SavedTraining:
         self.is_reshaped = True
+        return SavedTraining(self.checkpoint, self.weights_only)
+
+    def _load_other(self, trainer: Trainer) -> dict[str, Any]:
+        saved, strategy = self._saved(), trainer.strategy
         if zero_stage(strategy):
             load_cut_model(trainer, saved)
             load_optimizer(trainer, saved)
