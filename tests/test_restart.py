@@ -74,6 +74,7 @@ def test_a_crashed_training_is_started_again_and_goes_on(start, tmp_path):
     assert "last.ckpt: step 55" in job.printed() and set(job.statuses()) == {"completed"}
 
 
+@pytest.mark.soak
 def test_restarts_come_to_an_end(start, tmp_path):
     job = start(settings=dict(max_epochs=2, max_restarts=1), STOP_AT=CRASH)
     assert job.wait() == 1
