@@ -75,7 +75,7 @@ def checkpoint_callbacks(
         callbacks.append(AtomicCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
     return callbacks
 
-# %% ../nbs/17_trainer.ipynb #bcb4e042
+# %% ../nbs/17_trainer.ipynb #aa4079c3
 def kept_accumulation(config: RunConfig) -> int:
     "`accumulate_grad_batches`, such that the global batch stays what it was in the checkpoint. Raises `ValueError` where none does."
     saved = _origin_manifest(config)
@@ -88,13 +88,10 @@ def kept_accumulation(config: RunConfig) -> int:
     ranks = [str(count) for count in range(1, whole + 1) if whole % (count * sizes[1]) == 0]
     batches = [str(size) for size in range(1, whole + 1) if whole % (size * config.world_size) == 0]
     raise ValueError(
-        f"An optimizer step of {config.resume} sees {whole} samples, which {config.world_size} ranks x batch_size={sizes[1]} do not "
-        f"divide. With batch_size={sizes[1]}, give {_either(ranks)} ranks; with {config.world_size} ranks, a batch_size of {_either(batches)}."
+        f"An optimizer step of {config.resume} sees {whole} samples, which {config.world_size} rank(s) x batch_size={sizes[1]} do not "
+        f"divide. With batch_size={sizes[1]} these numbers of ranks do: {', '.join(ranks) or 'none'}. With {config.world_size} "
+        f"rank(s) these batch sizes do: {', '.join(batches) or 'none'}."
     )
-
-
-def _either(numbers: list[str]) -> str:
-    return ", ".join(numbers) or "no number of"
 
 
 def _origin_manifest(config: RunConfig) -> Manifest | None:
