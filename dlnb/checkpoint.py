@@ -315,7 +315,7 @@ def size_of(
 
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
 
-# %% ../nbs/11_checkpoint.ipynb #0c03b2ec
+# %% ../nbs/11_checkpoint.ipynb #33885dfa
 class Write(NamedTuple):
     "What one rank has to write of a checkpoint."
 
@@ -370,7 +370,7 @@ class Writer:
         try:
             self._write(work)
         except BaseException as error:
-            self.error = error
+            self.error = _told(work, error) if isinstance(error, Exception) else error
             if work.rank == 0:
                 _remove(work.staging)
 
@@ -399,6 +399,16 @@ class Writer:
                 if time.monotonic() > gone + 2:
                     raise ChildProcessError("Another rank ended before it had written its part of the checkpoint.")
             time.sleep(0.01)
+
+
+def _told(work: Write, error: Exception) -> OSError:
+    "What a writing ran into, with the place; torch says of a full disk that a position is unexpected."
+    folder = work.staging.parent
+    free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there" if folder.exists() else "it is gone"
+    told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The checkpoint before it stands."
+    new = OSError(told)
+    new.__cause__ = error
+    return new
 
 
 def _has_room(size: int) -> bool:

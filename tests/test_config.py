@@ -49,7 +49,7 @@ WRONG = [
     ({"patience": -1}, "patience"),
     ({"seed": -1}, "seed"),
     ({"name": "a/b"}, "must be of letters"),
-    ({"resume": "lost.ckpt"}, "a checkpoint that exists"),
+    ({"resume": "lost.ckpt"}, "folder or checkpoint that exists"),
     ({"best_params": "lost.json"}, "is no best_params.json"),
     ({"wandb": "of"}, "'auto', 'online', 'offline' or 'disabled'"),
     ({"trainer_args": {"max_epoch": 3}}, "trainer_args='max_epoch' is not known"),
