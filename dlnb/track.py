@@ -47,18 +47,22 @@ def now() -> str:
     "The time in UTC, to the second, in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/09_track.ipynb #2959ff3a
+# %% ../nbs/09_track.ipynb #62b21acd
 def write_json(
     path: Path,
     value: Any,
 ) -> None:
     "Write a JSON file whole or not at all, and to the disk before returning."
     new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 class Attempt(BaseModel):

@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
            'is_finished', 'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #e6013aa0
+# %% ../nbs/17_trainer.ipynb #bf0ae49e
 import fcntl
 import hashlib
 import logging
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #a41e5604
+# %% ../nbs/17_trainer.ipynb #54dfb88a
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -364,7 +364,10 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
     finally:
         if trainer.is_global_zero and record.attempts:
             record.end(error)
-            record.write()
+            with (
+                suppress(OSError) if error else nullcontext()
+            ):  # what it ends with shall be told, not a full disk again
+                record.write()
 
 # %% ../nbs/17_trainer.ipynb #1ed06c3d
 def _leave_old_store() -> None:
