@@ -43,7 +43,7 @@ def is_python(process: psutil.Process) -> bool:
     return process.is_running() and "python" in process.name()
 
 
-@pytest.mark.parametrize("whom", ["every process", "one rank", "papermill"])
+@pytest.mark.parametrize("whom", ["every process", "one rank", pytest.param("papermill", marks=pytest.mark.soak)])
 def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(start, tmp_path, whom):
     job = start(settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
     wait_until_it_trains(job, tmp_path)

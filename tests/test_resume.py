@@ -41,7 +41,7 @@ def victim(job, kind: str) -> psutil.Process:
     return next(process for process in job.family.values() if process.is_running() and word in " ".join(process.cmdline()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.soak), "deepspeed_stage_3"])
 def test_a_killed_training_ends_with_the_same_bytes(papermill, tmp_path, strategy):
     settings = SETTINGS | {"strategy": strategy}
     assert papermill(TRAIN, **settings, root=tmp_path / "whole").wait() == 0
