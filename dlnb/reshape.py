@@ -74,12 +74,11 @@ def _contents(weight: Weight, first: int, last: int) -> Iterator[tuple[memoryvie
             yield memoryview(content), begin
         position += piece.size
 
-# %% ../nbs/13_reshape.ipynb #5cb96896
+# %% ../nbs/13_reshape.ipynb #b9f71131
 class Slot(NamedTuple):
     "Where elements of a parameter belong on this rank."
 
     name: str  # of the parameter
-    group: int  # of the optimizer, counted as the user made them
     tensor: torch.Tensor  # that the optimizer steps on
     at: int  # the first element's place in it
     start: int  # the first element's place in the parameter
@@ -100,12 +99,9 @@ def find_slots(
         raise NotImplementedError(
             f"{type(optimizer).__name__} of DeepSpeed cannot take a checkpoint of another strategy."
         )
-    groups = enumerate(base_optimizer(optimizer).param_groups)
-    return [
-        Slot(names[id(parameter)], index, parameter, 0, 0, parameter.numel())
-        for index, group in groups
-        for parameter in group["params"]
-    ]
+    groups = base_optimizer(optimizer).param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return [Slot(names[id(parameter)], parameter, 0, 0, parameter.numel()) for parameter in parameters]
 
 
 def _slots_of_stage_1_and_2(optimizer: Any, names: dict[int, str]) -> Iterator[Slot]:
@@ -116,7 +112,7 @@ def _slots_of_stage_1_and_2(optimizer: Any, names: dict[int, str]) -> Iterator[S
         for parameter, offset in zip(group, offsets):
             first, last = max(begin, offset), min(begin + tensor.numel(), offset + parameter.numel())
             if first < last:
-                yield Slot(names[id(parameter)], index, tensor, first - begin, first - offset, last - first)
+                yield Slot(names[id(parameter)], tensor, first - begin, first - offset, last - first)
 
 
 def _slots_of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Slot]:
@@ -127,7 +123,7 @@ def _slots_of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Slot]:
             _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = min(optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
             size = min(size, parameter.ds_numel - start)
-            yield Slot(names[id(parameter)], optimizer.sub_group_to_group_id[index], tensor, at, start, size)
+            yield Slot(names[id(parameter)], tensor, at, start, size)
 
 # %% ../nbs/13_reshape.ipynb #62e455d0
 def _put(target: torch.Tensor, at: int, values: torch.Tensor) -> None:

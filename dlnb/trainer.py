@@ -165,7 +165,7 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/17_trainer.ipynb #9835a1f9
+# %% ../nbs/17_trainer.ipynb #b20e0298
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. Raises `ValueError` where another process is training it."
     folder = config.folder()
@@ -178,8 +178,10 @@ def find_run(config: RunConfig) -> RunRecord:
 
 def _as_own_run(config: RunConfig) -> RunConfig:
     "A run's folder in `resume` that these very settings mean is that run, which goes on."
+    if not config.origin:
+        return config
     own = RunConfig(**config.model_dump() | {"resume": "auto"})
-    return own if config.origin and own.folder().resolve() == Path(config.resume).resolve() else config
+    return own if own.folder().resolve() == Path(config.resume).resolve() else config
 
 
 def find_start(
@@ -263,7 +265,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #54dfb88a
+# %% ../nbs/17_trainer.ipynb #1243b085
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -338,9 +340,8 @@ def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, 
     callback = next(callback for callback in trainer.callbacks if isinstance(callback, ContinueFrom))
     callback.checkpoint = start.path
     if start.path.is_relative_to(record.folder):
-        callback.weights_only = (
-            False  # it may hold any object that the model saved; one from elsewhere must not run code
-        )
+        # It may hold any object that the model saved; one from elsewhere must not run code.
+        callback.weights_only = False
         return
     record.resumed_from = str(start.path)
     layout = read_layout(start.path)
@@ -364,9 +365,8 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
     finally:
         if trainer.is_global_zero and record.attempts:
             record.end(error)
-            with (
-                suppress(OSError) if error else nullcontext()
-            ):  # what it ends with shall be told, not a full disk again
+            # What it ends with shall be told, not a full disk once more.
+            with suppress(OSError) if error else nullcontext():
                 record.write()
 
 # %% ../nbs/17_trainer.ipynb #1ed06c3d

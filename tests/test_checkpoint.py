@@ -31,7 +31,7 @@ def save(folder, kind: str, step: int, background: bool = False) -> None:
 
 
 class Fault:
-    "Does something at the n-th system call that a save makes of Python, or at a size of a file that torch writes."
+    "Does something at the n-th system call on a folder that Python makes from now on."
 
     def __init__(self, folder, at: int, act):
         self.folder, self.at, self.act, self.seen = str(folder), at, act, 0
