@@ -72,7 +72,7 @@ def describe_run(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
         "total_steps": trainer.estimated_stepping_batches,
     }
 
-# %% ../nbs/14_callbacks.ipynb #e264852b
+# %% ../nbs/14_callbacks.ipynb #5857cd9a
 class RunRecorder(Callback):
     "Keeps a run's record up to date: when the ranks have joined, before the first step, after every epoch."
 
@@ -112,7 +112,8 @@ class RunRecorder(Callback):
         best, last = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1]
         self.record.epoch, self.record.step = finished_epochs, trainer.global_step
         self.record.metrics = {name: value for name, value in logged.items() if not name.startswith("lr")}
-        self.record.best_checkpoint = _relative(best.best_model_path, self.record.folder)
+        if self.record.best_checkpoint != (path := _relative(best.best_model_path, self.record.folder)):
+            self.record.best_checkpoint, self.record.best_metrics = path, self.record.metrics
         self.record.best_score = None if best.best_model_score is None else float(best.best_model_score)
         self.record.last_checkpoint = _relative(last.last_model_path or best.last_model_path, self.record.folder)
         self.record.write()

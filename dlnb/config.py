@@ -189,9 +189,9 @@ def _count_devices(accelerator: str, devices: int | str | list[int]) -> int:
         )
     return count
 
-# %% ../nbs/04_config.ipynb #ebf423f6
+# %% ../nbs/04_config.ipynb #c1a30b26
 UNHASHED = frozenset(
-    "root name tags wandb log_every_n_steps max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
+    "root name tags wandb logger log_every_n_steps max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
@@ -200,7 +200,7 @@ Dictionary = Annotated[dict[str, Any], BeforeValidator(_dictionary)]
 Devices = Annotated[int | list[int] | str, BeforeValidator(_devices)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 
-# %% ../nbs/04_config.ipynb #bc1791b4
+# %% ../nbs/04_config.ipynb #5e5c6e69
 class RunConfig(BaseModel):
     """The settings of a run, shared by train, tune and infer.
 
@@ -245,7 +245,8 @@ class RunConfig(BaseModel):
     save_every_n_steps: int | None = Field(None, ge=1)  # optimizer steps between two writings of last.ckpt
     resume: str = "auto"  # "auto", "never", or a run's folder or a checkpoint to go on from
     best_params: str | None = None  # a best_params.json of the tuner; its values win
-    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # online with a key, else offline
+    logger: Literal["csv", "tensorboard"] = "csv"  # what metrics.csv gets, TensorBoard may get too
     trainer_args: Dictionary = {}  # anything else for Lightning's Trainer
 
     @model_validator(mode="before")
@@ -412,7 +413,7 @@ class RunConfig(BaseModel):
         "The W&B project: `<Data>-<Model>-<mode>`."
         return f"{self.task}-{_check_mode(mode)}"
 
-# %% ../nbs/04_config.ipynb #6d9e4ad5
+# %% ../nbs/04_config.ipynb #701ce415
 def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
@@ -447,6 +448,10 @@ def _check_agreement(config: RunConfig) -> None:
         raise ValueError(f"patience={config.patience} needs a metric: give monitor, or patience=None.")
     if config.monitor is None and config.save_top_k not in (-1, 0, 1):
         raise ValueError(f"save_top_k={config.save_top_k} needs a metric to rank by: give monitor, or save_top_k=1.")
+    if config.logger == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        raise ValueError(
+            "logger='tensorboard' needs the package tensorboard: pip install tensorboard, or use logger='csv'."
+        )
     if config.origin is not None and not (config.origin and Path(config.origin).exists()):
         raise ValueError(
             f"resume={config.resume!r} must be 'auto', 'never', or a run's folder or checkpoint that exists."

@@ -152,18 +152,21 @@ class DlnbEngine:
             _begin_again(nb, fresh, crashes)
         return nb
 
-# %% ../nbs/20_engine.ipynb #bd57c331
+# %% ../nbs/20_engine.ipynb #90fc272c
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:
     "Run the notebook once; where a training has crashed, and can go on, what happened to it."
     text = nbformat.writes(nb)
     with job_folder(text) as folder:
+        (folder / "name").write_text(
+            Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb", encoding="utf-8"
+        )
         if rank := external_rank():
             _run_external_rank(folder, rank, text)
             return None
         try:
             failure = _supervise(nb, kernel_name, folder, output_path, manager_options, client_options)
         finally:
-            _keep_in_run(nb, folder, input_path)
+            _keep_in_run(nb, folder)
         return f"{failure.ename}: {failure.evalue}" if failure and (folder / "run").exists() else None
 
 
@@ -209,14 +212,13 @@ def _begin_again(nb, fresh, crashes: list[str]) -> None:
     nb.cells, nb.metadata = [told, *copy.deepcopy(fresh.cells)], copy.deepcopy(fresh.metadata)
 
 
-def _keep_in_run(nb, folder: Path, input_path) -> None:
+def _keep_in_run(nb, folder: Path) -> None:
     "Where the notebook made a run, put the executed notebook into its folder, and the folder into the notebook."
     if not (folder / "run").exists():
         return
     run = Path((folder / "run").read_text(encoding="utf-8"))
     nb.metadata["dlnb"] = {"run": str(run)}
-    name = Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb"
-    (run / name).write_text(nbformat.writes(nb), encoding="utf-8")
+    (run / (folder / "name").read_text(encoding="utf-8")).write_text(nbformat.writes(nb), encoding="utf-8")
 
 # %% ../nbs/20_engine.ipynb #b73320ac
 def _record_death(folder: Path, rank: Rank, code: int) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
            'is_finished', 'quiet_lightning', 'fit', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #bf0ae49e
+# %% ../nbs/17_trainer.ipynb #d9183d51
 import fcntl
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import TCPStore
 
@@ -39,7 +39,7 @@ from .predictions import PredictionWriter, merge_predictions
 from .reshape import ContinueFrom
 from .resume import AtomicCheckpoint, ExactResume
 from .strategy import build_strategy
-from .track import RunRecord, wandb_logger, write_json
+from .track import RunRecord, end_wandb, wandb_logger, write_json
 from .weights import check_weights, inference_config
 
 # %% ../nbs/17_trainer.ipynb #7232c30c
@@ -103,7 +103,7 @@ def _origin_manifest(config: RunConfig) -> Manifest | None:
     manifests = (read_manifest(path) for path in reversed(paths) if path.suffix != ".safetensors")
     return next((manifest for manifest in manifests if manifest), None)
 
-# %% ../nbs/17_trainer.ipynb #77bebfdb
+# %% ../nbs/17_trainer.ipynb #62756062
 def build_trainer(
     config: RunConfig,
     record: RunRecord,  # its folder takes the checkpoints and the metrics
@@ -118,18 +118,23 @@ def build_trainer(
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=config.log_every_n_steps)
-    tags = [settings.strategy, settings.precision, *config.tags]
+    tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
     online = wandb_logger(record, config.project(record.mode), tags, config.hash)
     shared = "max_epochs max_steps log_every_n_steps gradient_clip_val"
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in shared.split()}
     arguments |= {
         "accumulate_grad_batches": kept_accumulation(config),
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
-        "logger": [metrics] if online is None else [metrics, online],
+        "logger": [metrics, *([] if online is None else [online]), *_tensorboard(config, folder)],
         "enable_autolog_hparams": False,  # the record holds the settings
     }
     callbacks += [*checkpoint_callbacks(config, folder), StopTogether(), ContinueFrom(None)]
     return _make_trainer(config, folder, callbacks, **arguments)
+
+
+def _tensorboard(config: RunConfig, folder: Path) -> list[Any]:
+    "A logger for TensorBoard where one is wanted; `tensorboard --logdir runs` shows all runs by their folders."
+    return [TensorBoardLogger(folder, name="", version="tensorboard")] if config.logger == "tensorboard" else []
 
 
 def _make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **arguments: Any) -> Trainer:
@@ -265,7 +270,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #1243b085
+# %% ../nbs/17_trainer.ipynb #ebe3e378
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -358,7 +363,8 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
     "Put the end of what is done here, good or bad, on the disk."
     error = None
     try:
-        yield
+        with record.heartbeat() if trainer.is_global_zero else nullcontext():
+            yield
     except BaseException as raised:
         error = raised
         raise
@@ -368,6 +374,7 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
             # What it ends with shall be told, not a full disk once more.
             with suppress(OSError) if error else nullcontext():
                 record.write()
+            end_wandb(trainer.loggers)
 
 # %% ../nbs/17_trainer.ipynb #1ed06c3d
 def _leave_old_store() -> None:
@@ -408,7 +415,7 @@ def _await_end(record: RunRecord) -> RunRecord:
         time.sleep(0.1)
     return written
 
-# %% ../nbs/17_trainer.ipynb #88033807
+# %% ../nbs/17_trainer.ipynb #ec610448
 def evaluate(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
     predictions: bool = False,  # also predict, where the model defines `predict_step`: one pass more
@@ -475,7 +482,8 @@ def _inference_trainer(config: RunConfig, record: RunRecord) -> Trainer:
     settings, folder = config.resolved, record.folder
     _check_interactive(settings)
     callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder), PredictionWriter(folder)]
-    trainer = _make_trainer(config, folder, callbacks, logger=False, enable_checkpointing=False)
+    online = wandb_logger(record, config.project(record.mode), config.tags, config.hash)
+    trainer = _make_trainer(config, folder, callbacks, logger=online or False, enable_checkpointing=False)
     record.resolved = {name: getattr(settings, name) for name in ("accelerator", "strategy")}
     record.resolved["world_size"] = trainer.world_size
     return trainer

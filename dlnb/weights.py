@@ -50,8 +50,8 @@ def _weights_of_run(record: RunRecord) -> Path:
         return record.folder / record.weights
     return checkpoint_of_run(record.folder)
 
-# %% ../nbs/10_weights.ipynb #5b9c32ae
-_OF_THE_RUN = "model model_args data data_args precision batch_size seed root name tags".split()
+# %% ../nbs/10_weights.ipynb #69e9402c
+_OF_THE_RUN = "model model_args data data_args precision batch_size seed root name tags wandb".split()
 INFERENCE = (*_OF_THE_RUN, *"accelerator devices num_nodes strategy strategy_args trainer_args".split())
 
 

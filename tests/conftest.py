@@ -20,9 +20,9 @@ INFER = TRAIN.with_name("infer.ipynb")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread_a_rank():
-    "Two ranks on two cores: more threads only get in each other's way. Inherited by every process that a test starts."
-    os.environ["OMP_NUM_THREADS"] = "1"
+def environment():
+    "Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way."
+    os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 def write_notebook(path: Path, *cells: str) -> Path:

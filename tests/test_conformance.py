@@ -2,9 +2,11 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from conftest import OPTIMIZERS, SAME, TRAIN
+from wandb_files import wandb_runs
 from safetensors.torch import load_file
 
 from dlnb.engine import launch
@@ -151,9 +153,13 @@ def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_i
     assert len(steps) == len(set(steps)) == record["epoch"]
 
 
-def test_two_ranks_are_one_run_of_wandb(tmp_path):
-    _, folder = launch(TRAIN, None, **RANKS, max_epochs=1, root=str(tmp_path), wandb="offline")
-    _, record = read_record(tmp_path)
-    (run,) = (folder / "wandb").glob("offline-run-*")
-    assert run.name.endswith(record["wandb"]["id"])
-    assert record["wandb"]["project"] == "Digits-DigitsNet-train"
+def test_two_ranks_are_one_run_of_wandb_that_leads_to_the_executed_notebook(tmp_path):
+    folders = [launch(TRAIN, None, **RANKS, lr=lr, max_epochs=1, root=str(tmp_path), wandb="offline")[1] for lr in (1e-3, 2e-3)]
+    runs = {one["run"].run_id: one for one in wandb_runs(tmp_path)}
+    assert len(runs) == len(wandb_runs(tmp_path)) == 2
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text())
+        run = runs[record["wandb"]["id"]]
+        assert run["exits"] == [0] and run["run"].project == record["wandb"]["project"] == "Digits-DigitsNet-train"
+        assert {Path(ref).name for ref in run["files"]} == {"model.safetensors", "train.ipynb"}
+        assert "completed" in (folder / "train.ipynb").read_text()
