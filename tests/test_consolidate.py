@@ -300,7 +300,8 @@ optimizer.step()
 save({"model": net.state_dict(), "optimizer_0": optimizer.state_dict()}, checkpoint_id="sharded.ckpt")  # as FSDPStrategy does
 if rank == 0:
     torch.save({"epoch": 1, "hyper_parameters": {"width": 5}}, "sharded.ckpt/meta.pt")
-distributed.destroy_process_group()
+distributed.barrier()
+os._exit(0)  # torch 2.13 sometimes aborts when it takes gloo's subgroups down, which is not what is tested here
 """
 
 

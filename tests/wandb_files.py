@@ -4,6 +4,7 @@ The format: https://github.com/google/leveldb/blob/main/doc/log_format.md, after
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,11 +33,20 @@ def read_records(path: Path) -> Iterator:
             parts = []
 
 
+def read_ended(path: Path) -> list:
+    "The records of a run that has ended: W&B's own process writes the end a moment after it has said so."
+    records, deadline = list(read_records(path)), time.monotonic() + 10
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        records = list(read_records(path))
+    return records
+
+
 def wandb_runs(root: Path) -> list[dict]:
     "What each of W&B's offline files says."
     found = []
     for path in sorted(root.rglob("*.wandb")):
-        records = list(read_records(path))
+        records = read_ended(path)
         run = next(record.run for record in records if record.HasField("run"))
         rows = [record.history.item for record in records if record.HasField("history")]
         steps = [int(item.value_json) for row in rows for item in row if "trainer/global_step" in (item.key, *item.nested_key)]
