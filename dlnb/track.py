@@ -410,7 +410,7 @@ def _sorted(table: Any, sort: str) -> Any:
     except TypeError as error:
         raise ValueError(f"sort={sort!r}: the column holds values of several kinds ({error}).") from error
 
-# %% ../nbs/09_track.ipynb #a01e9f57
+# %% ../nbs/09_track.ipynb #18e3fc35
 def _record_of(run: str | Path | RunRecord) -> RunRecord:
     return run if isinstance(run, RunRecord) else RunRecord.read(run)
 
@@ -461,7 +461,9 @@ def prune(
     finished = table[(table["mode"] == "train") & (table["status"] == "finished")]
     rows = []
     for record in map(RunRecord.read, finished["run"]):
-        kept = record.folder / (record.best_checkpoint or record.last_checkpoint or "")
+        if not (name := record.best_checkpoint or record.last_checkpoint):  # which one is needed is not known
+            continue
+        kept = record.folder / name
         for path in sorted((record.folder / "checkpoints").glob("*.ckpt")):
             if path != kept:
                 rows.append({"run": str(record.folder), "checkpoint": path.name, "MB": _size(path, kept)})
@@ -508,7 +510,7 @@ def _curve(folder: Path, metric: str, smoothing: float) -> Any:
     curve = metrics[["step", metric]].dropna()
     return curve.assign(**{metric: curve[metric].ewm(alpha=1 - smoothing).mean()}) if smoothing else curve
 
-# %% ../nbs/09_track.ipynb #c4d856c6
+# %% ../nbs/09_track.ipynb #6b0d4e84
 def wandb_mode(
     wanted: str,  # auto, online, offline or disabled
 ) -> str:  # online, offline or disabled
@@ -665,9 +667,11 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
         artifact = wandb.Artifact(
             f"run-{record.wandb['id']}", type="run", metadata={"folder": str(record.folder.resolve())}
         )
-        for file in filter(None, [record.weights, record.notebook, record.settings.get("best_params")]):
+        files = [record.folder / name for name in (record.weights, record.notebook) if name]
+        files += [Path(path) for path in [record.settings.get("best_params")] if path]  # as it was given
+        for file in files:
             # A reference: W&B need not hold them, and the notebook is executed only when it has ended.
-            artifact.add_reference((record.folder / file).resolve().as_uri(), name=Path(file).name, checksum=False)
+            artifact.add_reference(file.resolve().as_uri(), name=file.name, checksum=False)
         run.log_artifact(artifact)
         level = wandb.AlertLevel.INFO if record.status == "finished" else wandb.AlertLevel.ERROR
         run.alert(title=f"{record.mode} {record.status}", text=str(record), level=level)

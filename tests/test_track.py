@@ -95,6 +95,13 @@ def test_prune_lists_and_deletes_only_on_a_second_word_and_never_a_best_one(root
             assert fit(RunConfig(**record.settings | {"root": str(copy)})).folder == record.folder  # it is still shown
 
 
+def test_prune_leaves_a_run_alone_whose_record_does_not_say_which_checkpoint_is_the_best(tmp_path):
+    spoiled(tmp_path, '{"mode": "train", "status": "finished"}')
+    (tmp_path / "broken" / "checkpoints").mkdir()
+    (tmp_path / "broken" / "checkpoints" / "last.ckpt").write_text("weights")
+    assert prune(tmp_path, delete=True).empty and (tmp_path / "broken" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_curves_of_several_runs_lie_over_one_another(root):
     figure = plot_runs(*runs(root, where="status == 'finished'")["run"], metric="val_acc", smoothing=0.5)
     assert len(figure.axes[0].lines) == 2
@@ -184,6 +191,14 @@ def test_every_training_is_one_finished_run_of_wandb_in_its_project(tmp_path):
         assert one["run"].run_group == RunConfig(**record.settings).hash and one["run"].display_name == record.folder.name
         assert one["config"]["checkpoint"].endswith(record.best_checkpoint) and Path(one["config"]["checkpoint"]).exists()
         assert any(ref.endswith("model.safetensors") for ref in one["files"])
+
+
+def test_the_parameters_of_a_study_are_an_artifact_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("best_params.json").write_text('{"params": {"lr": 0.002}}')
+    fit(RunConfig(**TASK, max_epochs=1, wandb="offline", best_params="best_params.json", root="runs"))
+    (one,) = wandb_runs(tmp_path)
+    assert (tmp_path / "best_params.json").as_uri() in one["files"] and one["alerts"] == ["train finished"]
 
 
 def test_a_test_follows_its_training_to_wandb_in_a_project_of_its_own(tmp_path):
