@@ -28,7 +28,7 @@ QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable
 LENGTH = 29  # divided neither by two ranks nor by three
 
 SCRIPT = """
-import sys, time
+import faulthandler, sys, time
 from collections import namedtuple
 from pathlib import Path
 import lightning.pytorch as pl
@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dlnb.data import DataModule
 from dlnb.predictions import PredictionWriter, merge_predictions
 
+faulthandler.dump_traceback_later(80)  # where it hangs, should it
 devices, folder, is_first_attempt = int(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
 
 class Line(Dataset):
@@ -108,7 +109,7 @@ def run_ranks(folder: Path, devices: int) -> Path:
         output, _ = process.communicate(timeout=100)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise
+        pytest.fail(f"it hangs:\n{process.communicate()[0]}")
     assert process.returncode == 0, output
     return folder
 
