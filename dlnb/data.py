@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Split', 'epoch_order', 'EpochSampler', 'EvaluationSampler', 'evaluation_batch_size', 'average_integers_exactly',
-           'suggested_num_workers', 'DataModule', 'remade', 'evaluate_exactly']
+           'usable_cores', 'suggested_num_workers', 'DataModule', 'remade', 'evaluate_exactly']
 
 # %% ../nbs/01_data.ipynb #5a7e17be
 import inspect
@@ -121,14 +121,18 @@ def average_integers_exactly(strategy: Strategy) -> None:
     exact_reduce.is_exact = True
     strategy.reduce = exact_reduce
 
-# %% ../nbs/01_data.ipynb #78a66ef9
+# %% ../nbs/01_data.ipynb #b3d70825
+def usable_cores() -> list[int]:
+    "The cores that this process may use."
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def suggested_num_workers(
     local_ranks: int = 1,  # ranks on this machine
     compute_threads: int = 1,  # of a rank: 1 where a GPU computes, torch's number of threads on a CPU
 ) -> int:  # loading processes for each rank, 0 to 8
     "The cores this process may use, shared among the machine's ranks, less what each rank needs itself."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // local_ranks - compute_threads, 0), 8)
+    return min(max(len(usable_cores()) // local_ranks - compute_threads, 0), 8)
 
 # %% ../nbs/01_data.ipynb #28396aaa
 Split = Literal["train", "val", "test", "predict"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINGER', 'SCRIPT', 'external_rank', 'is_first', 'job_environment', 'Rank', 'read_ranks', 'job_folder',
-           'leave_interactive', 'run_rank', 'describe_exit', 'find_failure', 'is_starting', 'LogFollower', 'guard',
-           'group_members', 'signal_group', 'end_group']
+           'leave_interactive', 'redirect_output', 'run_rank', 'describe_exit', 'find_failure', 'is_starting',
+           'LogFollower', 'guard', 'group_members', 'signal_group', 'end_group']
 
 # %% ../nbs/18_ranks.ipynb #80312099
 import json
@@ -142,8 +142,8 @@ def leave_interactive(
     sys.__dict__.pop("ps1", None)
     sys.argv[:] = [script]
 
-# %% ../nbs/18_ranks.ipynb #6d054293
-def _redirect(path: Path) -> None:
+# %% ../nbs/18_ranks.ipynb #f048a923
+def redirect_output(path: Path) -> None:
     "Send this process's output, C++ libraries' too, to a file."
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
@@ -162,7 +162,7 @@ def run_rank(
 
     number = external_rank()
     rank = Rank(int(os.environ["LOCAL_RANK"]) if number is None else number, os.getpid(), status="finished")
-    _redirect(Path(folder) / f"rank-{rank.rank}.log")
+    redirect_output(Path(folder) / f"rank-{rank.rank}.log")
     sys.path[0] = ""  # as in a kernel: the folder it was started in, not the script's
     shell = _make_shell()
     for rank.cell, cell in enumerate(read(notebook, as_version=4).cells):

@@ -8,7 +8,7 @@ __all__ = ['JOB', 'HEARTBEAT_GRACE', 'TIME_FOR_WANDB', 'TEMPORARY_FAILURE', 'PAC
            'plot_metrics', 'read_records', 'runs', 'compare', 'best', 'prune', 'plot_runs', 'wandb_mode',
            'wandb_logger', 'end_wandb']
 
-# %% ../nbs/09_track.ipynb #2afae8f4
+# %% ../nbs/09_track.ipynb #8e786c13
 import ast
 import json
 import os
@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,7 +35,7 @@ from pydantic import BaseModel
 
 from .errors import unknown
 
-# %% ../nbs/09_track.ipynb #1ccd87ba
+# %% ../nbs/09_track.ipynb #e3fa1365
 JOB = "DLNB_JOB"  # the environment variable with the folder that the engine and its ranks share
 HEARTBEAT_GRACE = 50  # seconds without a touch after which a record on another machine is taken for dead
 TIME_FOR_WANDB = 30.0  # seconds that a run waits for W&B, when it begins and when it ends
@@ -48,6 +49,7 @@ def announce_stop() -> None:
         (Path(os.environ[JOB]) / "stopping").touch()
 
 
+@cache
 def package_versions() -> dict[str, str]:
     "The versions of Python and of the packages that a result may depend on."
     versions = {"python": platform.python_version()}
@@ -84,7 +86,7 @@ def now() -> str:
     "The time in UTC, to the second, in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/09_track.ipynb #fd832a83
+# %% ../nbs/09_track.ipynb #38ced473
 def write_json(
     path: Path,
     value: Any,
@@ -118,7 +120,7 @@ class RunRecord(BaseModel):
 
     folder: Path
     mode: Literal["train", "tune", "test", "predict"] = "train"
-    status: Literal["running", "finished", "stopped", "preempted", "failed"] = "running"
+    status: Literal["running", "finished", "pruned", "stopped", "preempted", "failed"] = "running"
     error: str | None = None  # of a failed run, one line
     started: str = ""  # of the last attempt, UTC
     ended: str | None = None
@@ -225,7 +227,7 @@ class RunRecord(BaseModel):
     def end(self, error: BaseException | None = None) -> None:
         "Note how the attempt ended."
         self.ended = now()
-        kinds = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped"}
+        kinds = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped", "Pruned": "pruned"}
         self.status = "finished" if error is None else kinds.get(type(error).__name__, "failed")
         self.error = None if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 

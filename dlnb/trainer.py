@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
-           'is_finished', 'quiet_lightning', 'fit', 'evaluate', 'predict']
+           'is_finished', 'quiet_lightning', 'fit', 'fit_trial', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #d9183d51
+# %% ../nbs/17_trainer.ipynb #e79e46aa
 import fcntl
 import hashlib
 import logging
@@ -26,7 +26,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import TCPStore
 
-from .callbacks import CheckBatches, CheckMonitor, LoadWeights, RunRecorder, StopTogether, progress_bar
+from .callbacks import CheckBatches, CheckMonitor, LoadWeights, Pruned, ReportProgress
+from .callbacks import RunRecorder, StopTogether, progress_bar
 from .checkpoint import Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
 from .config import RunConfig
 from .consolidate import consolidate
@@ -103,10 +104,13 @@ def _origin_manifest(config: RunConfig) -> Manifest | None:
     manifests = (read_manifest(path) for path in reversed(paths) if path.suffix != ".safetensors")
     return next((manifest for manifest in manifests if manifest), None)
 
-# %% ../nbs/17_trainer.ipynb #62756062
+# %% ../nbs/17_trainer.ipynb #8078e9cd
 def build_trainer(
     config: RunConfig,
     record: RunRecord,  # its folder takes the checkpoints and the metrics
+    *more: Callback,
+    group: str | None = None,  # in W&B; None for the settings' hash
+    checkpoints: bool = True,
 ) -> Trainer:
     "A Trainer for the settings. Raises `ValueError` where this process cannot run them."
     settings, folder = config.resolved, record.folder
@@ -119,7 +123,7 @@ def build_trainer(
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=config.log_every_n_steps)
     tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
-    online = wandb_logger(record, config.project(record.mode), tags, config.hash)
+    online = wandb_logger(record, config.project(record.mode), tags, group or config.hash)
     shared = "max_epochs max_steps log_every_n_steps gradient_clip_val"
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in shared.split()}
     arguments |= {
@@ -127,8 +131,11 @@ def build_trainer(
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
         "logger": [metrics, *([] if online is None else [online]), *_tensorboard(config, folder)],
         "enable_autolog_hparams": False,  # the record holds the settings
+        "enable_checkpointing": checkpoints,
     }
-    callbacks += [*checkpoint_callbacks(config, folder), StopTogether(), ContinueFrom(None)]
+    if checkpoints:
+        callbacks += [*checkpoint_callbacks(config, folder), StopTogether(), ContinueFrom(None)]
+    callbacks += more
     return _make_trainer(config, folder, callbacks, **arguments)
 
 
@@ -270,7 +277,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #ebe3e378
+# %% ../nbs/17_trainer.ipynb #f87d5e56
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -329,6 +336,26 @@ def fit(
             if trainer.is_global_zero:
                 _keep_weights(record)
         return record if trainer.is_global_zero else _await_end(record)
+
+
+def fit_trial(
+    config: RunConfig,
+    folder: Path,  # where its record, its metrics and its checkpoints go
+    reporter: ReportProgress,
+    group: str,  # the study's name
+    checkpoints: bool = False,
+) -> RunRecord:
+    "Train as `fit` does, in a folder that is given, from the beginning. Raises `Pruned` on all ranks where the reporter was told to."
+    record = RunRecord(folder=folder, mode="tune", settings=config.model_dump())
+    config = config.model_copy(update={"trainer_args": {"enable_progress_bar": False} | config.trainer_args})
+    with quiet_lightning():
+        trainer = build_trainer(config, record, reporter, group=group, checkpoints=checkpoints)
+        with _recorded(trainer, record):
+            trainer.fit(build_model(config), datamodule=build_data(config))
+            _recorder(trainer).update(trainer, finished_epochs=trainer.current_epoch)
+            if reporter.pruned:
+                raise Pruned(f"after {trainer.current_epoch} epochs")
+    return record
 
 
 def _announce(start: Found | None) -> None:

@@ -17,6 +17,7 @@ from conftest import REPOSITORY, TRAIN
 
 from dlnb.config import RunConfig
 from dlnb.engine import parameter_names
+from dlnb.tuner import StudyConfig
 from dlnb.weights import INFERENCE
 
 CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
@@ -119,17 +120,22 @@ def test_a_chapter_opens_as_all_do(path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_is_short_and_takes_every_setting(path):
     notebook = nbformat.read(path, 4)
-    settings = {"infer": {"run", "split", *INFERENCE}}.get(path.stem, set(RunConfig.model_fields))
+    search = {*RunConfig.model_fields, *StudyConfig.model_fields} - {"resume", "best_params"}
+    settings = {"infer": {"run", "split", *INFERENCE}, "tune": search}.get(path.stem, set(RunConfig.model_fields))
     assert len(notebook.cells) <= 12
     assert settings <= set(parameter_names(notebook))
 
 
-def test_the_defaults_of_train_are_those_of_the_settings():
-    (cell,) = [cell for cell in nbformat.read(TRAIN, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+@pytest.mark.parametrize("name", ["train", "tune"])
+def test_the_defaults_of_a_workflow_are_those_of_the_settings(name):
+    cells = nbformat.read(TRAIN.with_stem(name), 4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     exec(cell.source, defaults := {})
-    chosen = {"model", "data", "max_epochs", "batch_size", "lr"}  # by the example
-    for name, field in RunConfig.model_fields.items():
-        assert name in chosen or defaults[name] == field.default, name
+    chosen = {"model", "data", "max_epochs", "batch_size", "lr", "search_space"}  # by the example
+    fields = RunConfig.model_fields | (StudyConfig.model_fields if name == "tune" else {})
+    assert len(fields) > 20
+    for name, field in fields.items():
+        assert name in chosen or defaults.get(name, field.default) == field.default, name
 
 
 @pytest.mark.parametrize(
