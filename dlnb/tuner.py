@@ -132,7 +132,7 @@ def _suggest(trial: optuna.Trial, name: str, what: BaseDistribution) -> Any:
     suggest = trial.suggest_int if isinstance(what, IntDistribution) else trial.suggest_float
     return suggest(name, what.low, what.high, step=what.step, log=what.log)
 
-# %% ../nbs/22_tuner.ipynb #eec6c563
+# %% ../nbs/22_tuner.ipynb #cc42be15
 def _named(kind: str, module: Any) -> dict[str, type]:
     "Optuna's classes of a kind, by their names."
     names = [name for name in module.__all__ if name.endswith(kind) and not name.startswith("Base")]
@@ -193,13 +193,18 @@ class StudyConfig(BaseModel):
                 raise ValueError(unknown("setting", name, cls.model_fields))
         return values
 
-    def build_sampler(self, seed: int, space: Space, side_by_side: bool) -> optuna.samplers.BaseSampler:
-        "The sampler, seeded."
+    def build_sampler(self, seed: int, number: int, space: Space, side_by_side: bool) -> optuna.samplers.BaseSampler:
+        "The sampler for one trial. Its state is lost with its process, so each trial has its own, with a seed of its own."
         choices = {}
         if isinstance(space, dict) and all(isinstance(what, CategoricalDistribution) for what in space.values()):
             choices = {"search_space": {name: list(what.choices) for name, what in space.items()}}
+        arguments = dict(self.sampler_args)
+        if (
+            seed := arguments.pop("seed", seed)
+        ) is not None and self.sampler != "QMCSampler":  # that one counts trials itself
+            seed += number
         known = {"seed": seed, "constant_liar": side_by_side} | choices
-        return _build("sampler", SAMPLERS, self.sampler, self.sampler_args, known)
+        return _build("sampler", SAMPLERS, self.sampler, arguments, known)
 
     def build_pruner(self, max_epochs: int) -> optuna.pruners.BasePruner:
         "The pruner; a resource is an epoch."
@@ -275,7 +280,7 @@ def _open_database(url: str) -> RDBStorage:
         time.sleep(0.5)
     return RDBStorage(url)
 
-# %% ../nbs/22_tuner.ipynb #7f6e3feb
+# %% ../nbs/22_tuner.ipynb #776a954f
 BEAT = 20.0  # seconds between a worker's signs of life
 LOST = 120.0  # seconds without one, after which a worker on another machine is taken for dead
 
@@ -321,7 +326,7 @@ class Rows:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        "While no other process adds rows, on this machine or on another one that uses the database. Ends with the process."
+        "While nobody else adds, takes or frees rows, on this machine or on another one that uses the database. Ends with the process."
         with ExitStack() as stack:
             fcntl.flock(stack.enter_context(self.lock.open("w")), fcntl.LOCK_EX)
             if self.engine and self.engine.dialect.name != "sqlite":
@@ -343,14 +348,12 @@ class Rows:
 
     def take(self) -> FrozenTrial | None:
         "A row that waits, or a new one, now this worker's; None where there is none."
-        while True:
-            for row in self.all():
-                if row.state == TrialState.WAITING and self._claim(row):
-                    return row
-            with self._alone():
-                if len(self.all()) == self.n_trials:
-                    return None
+        with self._alone():
+            rows = self.all()
+            if len(rows) < self.n_trials and all(row.state != TrialState.WAITING for row in rows):
                 optuna.load_study(study_name=self.study_name, storage=self.storage).enqueue_trial({})
+                rows = self.all()
+            return next((row for row in rows if row.state == TrialState.WAITING and self._claim(row)), None)
 
     def _claim(self, row: FrozenTrial) -> bool:
         try:
@@ -365,7 +368,7 @@ class Rows:
     def show_life(self, trial_id: int) -> None:
         self.storage.set_trial_user_attr(trial_id, "alive", time.time())
 
-# %% ../nbs/22_tuner.ipynb #000a473d
+# %% ../nbs/22_tuner.ipynb #b767f7d9
 class TuningError(RuntimeError):
     "The search has stopped, since its trials fail."
 
@@ -384,11 +387,16 @@ class Search:
             raise ValueError(
                 f"num_nodes={config.num_nodes}: start the same command on each machine, with a server as storage."
             )
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"LOCAL_WORLD_SIZE={os.environ['LOCAL_WORLD_SIZE']}: a search starts its trials' ranks itself. Start it once on "
+                "a machine, without torchrun."
+            )
         self.groups = self._device_groups(config)
         self.config = RunConfig(**config.model_dump() | {"devices": len(self.groups[0])})
         self.name = study.study_name or self._default_name()
         self.folder = Path(config.root) / config.task / "tune" / self.config.resolved.strategy / self.name
-        study.build_sampler(0, self.space, False), study.build_pruner(config.max_epochs)  # their mistakes come first
+        study.build_sampler(0, 0, self.space, False), study.build_pruner(config.max_epochs)  # their mistakes come first
         self.stop, self.exhausted, self.failed_in_a_row = threading.Event(), False, 0
         self.running: dict[int, int] = {}  # trial's id to its number
 
@@ -455,8 +463,8 @@ class Search:
         self.write_best()
         return self._load()
 
-    def _load(self, seed: int = 0) -> _Study:
-        sampler = self.study.build_sampler(seed, self.space, len(self.groups) > 1)
+    def _load(self, number: int = 0) -> _Study:
+        sampler = self.study.build_sampler(self.config.seed, number, self.space, len(self.groups) > 1)
         return _Study(
             self.name, self.rows.storage, sampler=sampler, pruner=self.study.build_pruner(self.config.max_epochs)
         )
@@ -493,9 +501,7 @@ class Search:
     def _run(self, row: FrozenTrial, devices: list[int]) -> None:
         "One trial, from its parameters to its row's end."
         self.running[row._trial_id] = row.number
-        study = self._load(
-            self.config.seed + row.number
-        )  # a sampler's state is lost with its process: each trial has its own
+        study = self._load(row.number)
         outcome = Outcome("stopped")
         try:
             trial = optuna.trial.Trial(study, row._trial_id)
