@@ -155,8 +155,12 @@ def test_the_best_parameters_train_and_say_where_they_come_from(search, tmp_path
     assert len(runs(folder / "trials")) == 3
 
 
-def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, tmp_path):
+def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, tmp_path, tmp_path_factory):
+    import wandb
+
+    own = wandb.init(mode="offline", dir=tmp_path_factory.mktemp("own"))  # the notebook's, whose W&B process trials leave alone
     study = search({"wandb": "offline"}, n_trials=2, pruner="NopPruner")
+    own.finish()
     found = wandb_runs(tmp_path)
     assert len(found) == 2 and [one["exits"] for one in found] == [[0], [0]]
     assert {(one["run"].project, one["run"].run_group) for one in found} == {("Digits-TunedNet-tune", study.study_name)}
@@ -311,6 +315,7 @@ def postgres(tmp_path_factory):
     run(bin_folder / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
 
 
+@pytest.mark.soak
 def test_four_workers_share_a_study_on_a_postgresql_server(tmp_path, postgres):
     workers(tmp_path, 6, storage=postgres, study_name="shared")
     check_once_each(tmp_path, the_study(tmp_path, postgres), 6)
