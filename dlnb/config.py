@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNHASHED', 'PRECISIONS', 'PRECISION_ALIASES', 'Dictionary', 'Devices', 'Words', 'load_class', 'load_function',
-           'complete_arguments', 'read_text', 'RunConfig', 'apply_params']
+           'complete_arguments', 'read_text', 'short_hash', 'RunConfig', 'apply_params']
 
 # %% ../nbs/04_config.ipynb #0fa2a2b8
 import hashlib
@@ -213,7 +213,15 @@ Dictionary = Annotated[dict[str, Any], BeforeValidator(_dictionary)]
 Devices = Annotated[int | list[int] | str, BeforeValidator(_devices)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 
-# %% ../nbs/04_config.ipynb #5e5c6e69
+# %% ../nbs/04_config.ipynb #99b5742f
+def short_hash(
+    value: Any,  # plain data; no NaN
+) -> str:
+    "Twelve hexadecimal digits of the SHA-256 of the value as JSON."
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 class RunConfig(BaseModel):
     """The settings of a run, shared by train, tune and infer.
 
@@ -395,9 +403,8 @@ class RunConfig(BaseModel):
 
     @cached_property
     def hash(self) -> str:
-        "Twelve hexadecimal digits of the SHA-256 of `identity` as JSON."
-        text = json.dumps(self.identity, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        "What tells these settings from others: the `short_hash` of `identity`."
+        return short_hash(self.identity)
 
     @property
     def run_name(self) -> str:

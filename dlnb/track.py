@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['JOB', 'HEARTBEAT_GRACE', 'TIME_FOR_WANDB', 'TEMPORARY_FAILURE', 'PACKAGES', 'STAGES', 'FIRST', 'announce_stop',
-           'package_versions', 'code_version', 'hardware', 'now', 'write_json', 'Attempt', 'RunRecord', 'read_metrics',
-           'plot_metrics', 'read_records', 'runs', 'compare', 'best', 'prune', 'plot_runs', 'wandb_mode',
-           'wandb_logger', 'end_wandb']
+           'package_versions', 'code_version', 'hardware', 'now', 'write_json', 'is_running', 'Attempt', 'RunRecord',
+           'read_metrics', 'plot_metrics', 'read_records', 'runs', 'compare', 'best', 'prune', 'plot_runs',
+           'wandb_mode', 'wandb_logger', 'end_wandb']
 
-# %% ../nbs/09_track.ipynb #8e786c13
+# %% ../nbs/09_track.ipynb #f281d8ec
 import ast
 import json
 import os
@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -86,7 +86,7 @@ def now() -> str:
     "The time in UTC, to the second, in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/09_track.ipynb #38ced473
+# %% ../nbs/09_track.ipynb #390f5540
 def write_json(
     path: Path,
     value: Any,
@@ -102,6 +102,17 @@ def write_json(
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def is_running(
+    pid: int,
+    created: float,  # seconds since the epoch
+) -> bool:
+    "Whether that process of this machine still runs; its number may be another's by now."
+    try:
+        return abs(psutil.Process(pid).create_time() - created) < 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Attempt(BaseModel):
@@ -172,15 +183,21 @@ class RunRecord(BaseModel):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
+    @classmethod
+    def read_or_new(
+        cls,
+        folder: Path,
+        mode: str = "train",  # of a new one
+    ) -> "RunRecord":
+        "The record of a run, or a new one where the folder has none. Raises `ValueError` for a damaged one."
+        return cls.read(folder) if (folder / "run.json").exists() else cls(folder=folder, mode=mode)
+
     @property
     def is_alive(self) -> bool:
         "Whether its process still trains, as far as can be seen from this machine."
         if self.status != "running" or self.host != socket.gethostname():
             return False
-        try:
-            return abs(psutil.Process(self.pid).create_time() - self.pid_created) < 1
-        except psutil.NoSuchProcess:
-            return False
+        return is_running(self.pid, self.pid_created)
 
     @property
     def may_be_alive(self) -> bool:
@@ -230,6 +247,23 @@ class RunRecord(BaseModel):
         kinds = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped", "Pruned": "pruned"}
         self.status = "finished" if error is None else kinds.get(type(error).__name__, "failed")
         self.error = None if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        "Put the end of what is done here, good or bad, on the disk, if an attempt has begun."
+        error = None
+        try:
+            with self.heartbeat():
+                yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if self.attempts:
+                self.end(error)
+                # What it ends with shall be told, not a full disk once more.
+                with suppress(OSError) if error else nullcontext():
+                    self.write()
 
     @contextmanager
     def heartbeat(self, every: float = 15.0) -> Iterator[None]:

@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulation', 'build_trainer', 'find_run', 'find_start',
            'is_finished', 'quiet_lightning', 'fit', 'fit_trial', 'evaluate', 'predict']
 
-# %% ../nbs/17_trainer.ipynb #e79e46aa
+# %% ../nbs/17_trainer.ipynb #f013f026
 import fcntl
 import hashlib
 import logging
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +177,13 @@ def _check_interactive(settings: RunConfig) -> None:
             "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
         )
 
-# %% ../nbs/17_trainer.ipynb #b20e0298
+# %% ../nbs/17_trainer.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. Raises `ValueError` where another process is training it."
     folder = config.folder()
     if config.resume == "never":
         folder = _free_folder(folder)
-    record = RunRecord.read(folder) if (folder / "run.json").exists() else RunRecord(folder=folder)
+    record = RunRecord.read_or_new(folder)
     _check_nobody_writes(record, "trained", "Wait for it, end it, or give resume='never' to train beside it.")
     return record
 
@@ -277,7 +277,7 @@ def _beyond(now: int, before: int) -> bool:
     "Whether a bound was raised, where -1 is none."
     return before != -1 and (now == -1 or now > before)
 
-# %% ../nbs/17_trainer.ipynb #f87d5e56
+# %% ../nbs/17_trainer.ipynb #27684d06
 @contextmanager
 def quiet_lightning():
     "Without Lightning's announcements and the warnings that a reader of the record does not need."
@@ -387,20 +387,15 @@ def _recorder(trainer: Trainer) -> RunRecorder:
 
 @contextmanager
 def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
-    "Put the end of what is done here, good or bad, on the disk."
-    error = None
+    "Put the end of what is done here, good or bad, on the disk and into W&B."
+    if not trainer.is_global_zero:
+        yield
+        return
     try:
-        with record.heartbeat() if trainer.is_global_zero else nullcontext():
+        with record.kept():
             yield
-    except BaseException as raised:
-        error = raised
-        raise
     finally:
-        if trainer.is_global_zero and record.attempts:
-            record.end(error)
-            # What it ends with shall be told, not a full disk once more.
-            with suppress(OSError) if error else nullcontext():
-                record.write()
+        if record.attempts:
             end_wandb(trainer.loggers)
 
 # %% ../nbs/17_trainer.ipynb #1ed06c3d

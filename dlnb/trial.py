@@ -42,7 +42,7 @@ class Share(NamedTuple):
     devices: str | None = None  # what CUDA_VISIBLE_DEVICES shall say; None leaves it
     cores: tuple[int, ...] = ()  # for computing and loading; none for all
 
-# %% ../nbs/21_trial.ipynb #7bc7ac97
+# %% ../nbs/21_trial.ipynb #66bd725e
 def _watch_parent() -> None:
     "End this rank, and what loads its data, when the process that runs the search has died."
     parent_process().join()
@@ -70,10 +70,8 @@ def _rank_environment(rank: int, port: int, devices: str | None) -> dict[str, st
     "This process's environment, as a launcher would make it for a rank."
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
     environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # no rank serves the store
+    # No rank serves the store.
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
 
 
@@ -85,8 +83,7 @@ def _become(place: _Place, world_size: int) -> None:
     threading.Thread(target=_watch_parent, daemon=True).start()
     os.environ.clear()
     os.environ |= place.environment  # the server's is as old as the server
-    # As this one did, they would start in seconds.
-    set_start_method(place.start_method, force=True)
+    set_start_method(place.start_method, force=True)  # its children would take seconds to start as it did
     if place.cores:
         os.sched_setaffinity(0, place.cores)
     threads = os.environ.get("OMP_NUM_THREADS") or len(usable_cores()) // world_size
@@ -122,7 +119,7 @@ def _leave() -> None:
         stream.flush()
     os._exit(0)
 
-# %% ../nbs/21_trial.ipynb #986f95a3
+# %% ../nbs/21_trial.ipynb #c73b6142
 _starting = threading.Lock()
 
 
@@ -142,7 +139,11 @@ def _without_main() -> Iterator[None]:
 class _Ranks:
     "The processes of one trial."
 
-    def __init__(self, config: RunConfig, folder: Path, share: Share, group: str, checkpoints: bool):
+    def __init__(self) -> None:
+        self.processes, self.channels = [], []
+        self.outcomes: dict[int, Outcome] = {}
+
+    def start(self, config: RunConfig, folder: Path, share: Share, group: str, checkpoints: bool) -> None:
         from torch.distributed import TCPStore
 
         context = get_context("forkserver")
@@ -150,7 +151,6 @@ class _Ranks:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
         context.set_forkserver_preload(["dlnb.trainer", *(["deepspeed"] if "deepspeed" in config.strategy else [])])
-        self.processes, self.channels = [], []
         for rank in range(config.world_size):
             ours, theirs = context.Pipe()
             environment = _rank_environment(rank, self.store.port, share.devices)
@@ -162,7 +162,6 @@ class _Ranks:
             theirs.close()
             self.processes.append(process)
             self.channels.append(ours)
-        self.outcomes: dict[int, Outcome] = {}
 
     def listen(self, seconds: float, report: Report) -> None:
         "Take what the ranks say within that time."
@@ -176,10 +175,12 @@ class _Ranks:
                 code = self.processes[rank].exitcode
                 self.outcomes[rank] = Outcome("failed", f"rank {rank}: its process {describe_exit(code)}")
                 continue
-            if kind == "report":
-                channel.send(report(*content))
-            else:
+            if kind == "end":
                 self.outcomes[rank] = content
+                continue
+            answer = report(*content)
+            with suppress(OSError):  # it has died meanwhile, which will be seen the next time
+                channel.send(answer)
 
     @property
     def failure(self) -> Outcome | None:
@@ -209,8 +210,9 @@ def run_trial(
 ) -> Outcome:
     "Train once on fresh processes. Whatever happens in them is an outcome; none of them is left."
     folder.mkdir(parents=True, exist_ok=True)
-    began, ranks = time.monotonic(), _Ranks(config, folder, share, group, checkpoints)
+    began, ranks = time.monotonic(), _Ranks()
     try:
+        ranks.start(config, folder, share, group, checkpoints)
         while len(ranks.outcomes) < len(ranks.processes):
             ranks.listen(0.2, report)
             if ranks.failure:

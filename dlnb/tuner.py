@@ -7,7 +7,7 @@ __all__ = ['OWN', 'Scalar', 'Space', 'SAMPLERS', 'PRUNERS', 'DRIVERS', 'NETWORK'
            'draw', 'StudyConfig', 'filesystem', 'open_storage', 'Rows', 'TuningError', 'Search', 'best_trial', 'tune',
            'trials_table', 'plot_study']
 
-# %% ../nbs/22_tuner.ipynb #7330ca73
+# %% ../nbs/22_tuner.ipynb #0d5ffb0d
 import fcntl
 import inspect
 import json
@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -36,10 +36,10 @@ from sqlalchemy import column, select, table
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from .callbacks import Line
-from .config import Dictionary, RunConfig, apply_params, load_function, read_text
+from .config import Dictionary, RunConfig, apply_params, load_function, read_text, short_hash
 from .data import usable_cores
 from .errors import unknown
-from .track import RunRecord, package_versions, write_json
+from .track import RunRecord, is_running, package_versions, write_json
 from .trial import Outcome, Share, run_trial
 
 # %% ../nbs/22_tuner.ipynb #017bdd58
@@ -280,7 +280,7 @@ def _open_database(url: str) -> RDBStorage:
         time.sleep(0.5)
     return RDBStorage(url)
 
-# %% ../nbs/22_tuner.ipynb #776a954f
+# %% ../nbs/22_tuner.ipynb #facb1002
 BEAT = 20.0  # seconds between a worker's signs of life
 LOST = 120.0  # seconds without one, after which a worker on another machine is taken for dead
 
@@ -297,10 +297,7 @@ def _has_died(row: FrozenTrial) -> bool:
         return row.datetime_start is not None and time.time() - row.datetime_start.timestamp() > BEAT
     if worker["host"] != socket.gethostname():
         return time.time() - row.user_attrs.get("alive", 0) > LOST
-    try:
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["created"]) > 1
-    except psutil.NoSuchProcess:
-        return True
+    return not is_running(worker["pid"], worker["created"])
 
 
 class _Study(optuna.study.Study):
@@ -368,7 +365,7 @@ class Rows:
     def show_life(self, trial_id: int) -> None:
         self.storage.set_trial_user_attr(trial_id, "alive", time.time())
 
-# %% ../nbs/22_tuner.ipynb #b767f7d9
+# %% ../nbs/22_tuner.ipynb #4ac49fb7
 class TuningError(RuntimeError):
     "The search has stopped, since its trials fail."
 
@@ -394,11 +391,11 @@ class Search:
             )
         self.groups = self._device_groups(config)
         self.config = RunConfig(**config.model_dump() | {"devices": len(self.groups[0])})
-        self.name = study.study_name or self._default_name()
+        self.name = study.study_name or f"{self.config.run_name}-{short_hash(self.identity)}"
         self.folder = Path(config.root) / config.task / "tune" / self.config.resolved.strategy / self.name
         study.build_sampler(0, 0, self.space, False), study.build_pruner(config.max_epochs)  # their mistakes come first
         self.stop, self.exhausted, self.failed_in_a_row = threading.Event(), False, 0
-        self.running: dict[int, int] = {}  # trial's id to its number
+        self.running: set[int] = set()  # the trials' ids
 
     def _device_groups(self, config: RunConfig) -> list[list[int]]:
         "Disjoint devices for trials side by side."
@@ -410,21 +407,15 @@ class Search:
         return [devices[first : first + size] for first in range(0, len(devices), size)]
 
     @property
-    def identity(self) -> str:
-        "What makes two searches one study, as JSON."
+    def identity(self) -> dict[str, Any]:
+        "What makes two searches one study, as plain data."
         space = self.study.search_space
         space = f"{space.__module__}:{space.__qualname__}" if callable(space) else space
-        return json.dumps({"space": space, "settings": self.config.identity}, sort_keys=True, default=str)
-
-    def _default_name(self) -> str:
-        import hashlib
-
-        return f"{self.config.run_name}-{hashlib.sha256(self.identity.encode()).hexdigest()[:12]}"
+        return json.loads(json.dumps({"space": space, "settings": self.config.identity}, default=str))
 
     def open(self) -> None:
         "Open the study, or make it. Raises `ValueError` where it is another one."
         storage = open_storage(self.study.storage, self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         direction = "minimize" if self.config.monitor_mode == "min" else "maximize"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(study_name=self.name, storage=storage, direction=direction, load_if_exists=True)
@@ -435,11 +426,12 @@ class Search:
             )
         known = study.user_attrs.get("dlnb")
         if known is None:
-            study.set_user_attr("dlnb", json.loads(self.identity))
-        elif known != json.loads(self.identity):
+            study.set_user_attr("dlnb", self.identity)
+        elif known != self.identity:
             raise ValueError(
-                f"study_name={self.name!r} is {_difference(known, json.loads(self.identity))}. Give another study_name."
+                f"study_name={self.name!r} is {_difference(known, self.identity)}. Give another study_name."
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = Rows(self.name, storage, self.study.n_trials, self.folder)
 
     def run(self, show: Callable[[str], None]) -> optuna.Study:
@@ -500,27 +492,31 @@ class Search:
 
     def _run(self, row: FrozenTrial, devices: list[int]) -> None:
         "One trial, from its parameters to its row's end."
-        self.running[row._trial_id] = row.number
+        self.running.add(row._trial_id)
         study = self._load(row.number)
         outcome = Outcome("stopped")
         try:
             trial = optuna.trial.Trial(study, row._trial_id)
-            outcome, values = self._train(trial, devices)
+            outcome, values = self._train(trial, row.intermediate_values.keys(), devices)
             if outcome.state != "stopped":
                 self._tell(study, trial, outcome, values)
         finally:
-            del self.running[row._trial_id]
+            self.running.remove(row._trial_id)
             if outcome.state == "stopped":
                 self.rows.put_back(row._trial_id)
         self.exhausted = self.exhausted or study.exhausted
 
-    def _train(self, trial: optuna.trial.Trial, devices: list[int]) -> tuple[Outcome, list[float]]:
+    def _train(
+        self,
+        trial: optuna.trial.Trial,
+        known: Collection[int],  # the reports that the row has from before it was killed
+        devices: list[int],
+    ) -> tuple[Outcome, list[float]]:
         values: list[float] = []
 
         def report(number: int, value: float) -> bool:
             values.append(value)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a report that the row has from before it was killed
+            if number + 1 not in known:
                 trial.report(value, number + 1)
             return trial.should_prune()
 
@@ -623,33 +619,21 @@ def tune(
     """
     search = Search(config, study)
     search.open()
-    record = (
-        RunRecord.read(search.folder)
-        if (search.folder / "run.json").exists()
-        else RunRecord(folder=search.folder, mode="tune")
-    )
-    record.settings, record.resolved = (
-        config.model_dump(),
-        {"study": search.name, "strategy": search.config.resolved.strategy},
-    )
+    record = RunRecord.read_or_new(search.folder, "tune")
+    record.settings = config.model_dump()
+    record.resolved = {"study": search.name, "strategy": search.config.resolved.strategy}
     record.begin()
     record.write()
     record.announce()
-    error = None
-    try:
-        with record.heartbeat():
+    with record.kept():
+        try:
             done = search.run(Line().show)
-            if (best_params := search.folder / "best_params.json").exists():
-                print(f"\nTo train with the best parameters: -p best_params {best_params}")
-            return done
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        best = best_trial(search.rows.all(), config.monitor_mode)
-        record.best_score = best and best.value
-        record.end(error)
-        record.write()
+        finally:
+            best = best_trial(search.rows.all(), config.monitor_mode)
+            record.best_score = best and best.value
+    if best:
+        print(f"\nTo train with the best parameters: -p best_params {search.folder / 'best_params.json'}")
+    return done
 
 # %% ../nbs/22_tuner.ipynb #0ce48159
 def trials_table(study: optuna.Study):  # a pandas DataFrame: a row a trial, the best first, those that failed last

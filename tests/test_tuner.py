@@ -1,5 +1,6 @@
 """A search over several ranks: one row a trial whatever fails or is killed, side by side, on any storage."""
 
+import errno
 import json
 import os
 import random
@@ -9,17 +10,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-from conftest import REPOSITORY, TRAIN
+from conftest import REPOSITORY, TRAIN, Papermill
 from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
 from dlnb.engine import launch
 from dlnb.track import RunRecord, runs
+from dlnb.trial import Outcome, run_trial
 from dlnb.tuner import StudyConfig, TuningError, open_storage, trials_table, tune
 
 TUNED = Path(__file__).with_name("tuned.py")
@@ -120,6 +123,39 @@ def test_a_value_that_is_never_finite_is_a_failure(search, monkeypatch):
     assert states(study) == ["COMPLETE", "FAIL"] and "val_loss was never a finite number" in study.trials[1].user_attrs["error"]
 
 
+def run_one(folder: Path, report) -> Outcome:
+    "One trial on two ranks."
+    return run_trial(RunConfig(**SETTINGS, root=str(folder)), folder / "trial", report, "search")
+
+
+def test_a_rank_that_is_killed_while_its_report_is_answered_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE", str(tmp_path))
+
+    def kill_all(number, value):
+        for pid in writers(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        assert ranks_alive(tmp_path) == []
+        return False
+
+    outcome = run_one(tmp_path, kill_all)
+    assert outcome.state == "failed" and "was killed by SIGKILL" in outcome.error
+
+
+def test_where_a_rank_cannot_be_started_the_others_are_ended(tmp_path, monkeypatch):
+    start, started = ForkServerProcess.start, []
+
+    def start_once(process):
+        if started:
+            raise OSError(errno.EAGAIN, "no more processes")
+        start(process)
+        started.append(psutil.Process(process.pid))
+
+    monkeypatch.setattr(ForkServerProcess, "start", start_once)
+    with pytest.raises(OSError, match="no more processes"):
+        run_one(tmp_path, lambda number, value: False)
+    assert len(started) == 1 and not started[0].is_running()
+
+
 def test_failures_in_a_row_stop_the_search_with_the_last_one(search):
     with pytest.raises(TuningError, match="(?s)2 trials failed one after the other; the last, trial 1.*the model is at fault"):
         search(search_space=f"{TUNED}:all_at_fault", max_failures=2, n_trials=9)
@@ -206,11 +242,9 @@ def the_study(root: Path, storage: str | None = None) -> optuna.Study:
 
 def start_notebook(root: Path, **study) -> subprocess.Popen:
     "The same search as papermill runs it."
-    parameters = SETTINGS | {"root": str(root / "runs"), "search_space": LR} | study
-    given = [word for name, value in parameters.items() for word in ("-p", name, json.dumps(value) if isinstance(value, dict) else str(value))]
-    command = [sys.executable, "-m", "papermill", str(TUNE), str(root / "out.ipynb"), "--engine", "dlnb", "--no-progress-bar", *given]
-    environment = os.environ | {"TRACE": str(root), "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parameters = SETTINGS | {"root": root / "runs", "search_space": LR} | study
+    words = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in parameters.items()}
+    return Papermill(TUNE, root / "out.ipynb", **words).process
 
 
 def kill_somebody(root: Path, process: subprocess.Popen, choice: random.Random) -> str | None:
@@ -265,7 +299,8 @@ def test_a_search_that_is_killed_goes_on_with_the_same_command(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_papermill_the_kernel_and_ranks_are_killed_fifteen_times_and_the_counts_hold(tmp_path):
+def test_papermill_the_kernel_and_ranks_are_killed_fifteen_times_and_the_counts_hold(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE", str(tmp_path))
     killed = campaign(tmp_path, 15, seed=2, begin=start_notebook, n_trials=48)  # more than can end between the kills
     print(Counter(killed))
     assert len(killed) == 15 and set(killed) == {"started", "kernel", "rank"}
