@@ -238,8 +238,10 @@ class RunRecord(BaseModel):
         self.host, self.pid, self.attempts = socket.gethostname(), os.getpid(), self.attempts + 1
         self.pid_created = psutil.Process().create_time()
         self.versions, self.code, self.hardware = package_versions(), code_version(), hardware()
-        for left in self.folder.glob(".run.json.*.new"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        for left in self.folder.glob(".run.json.*.new"):
+            with suppress(FileNotFoundError):  # another worker of a search has just written it
+                if time.time() - left.stat().st_mtime > 60:  # s, so by a process that was killed
+                    left.unlink()
 
     def end(self, error: BaseException | None = None) -> None:
         "Note how the attempt ended."

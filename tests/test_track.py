@@ -169,6 +169,15 @@ def test_ten_writers_at_once_leave_a_whole_record(tmp_path):
     assert seen <= set(range(10)) and [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
+def test_a_record_that_begins_takes_away_what_a_kill_left_and_nothing_that_another_writes(tmp_path):
+    left, being_written = tmp_path / ".run.json.1-1.new", tmp_path / ".run.json.2-2.new"
+    for path in (left, being_written):
+        path.touch()
+    os.utime(left, (time.time() - 100,) * 2)
+    RunRecord(folder=tmp_path).begin()
+    assert list(tmp_path.iterdir()) == [being_written]
+
+
 def test_a_run_on_another_machine_that_is_no_longer_touched_is_interrupted(tmp_path):
     record = RunRecord(folder=tmp_path, host="elsewhere")
     record.write()
