@@ -37,7 +37,7 @@ from .errors import unknown
 
 # %% ../nbs/09_track.ipynb #e3fa1365
 JOB = "DLNB_JOB"  # the environment variable with the folder that the engine and its ranks share
-HEARTBEAT_GRACE = 50  # seconds without a touch after which a record on another machine is taken for dead
+HEARTBEAT_GRACE = 50  # seconds without a touch after which a record on another machine, or one half-written, is taken for dead
 TIME_FOR_WANDB = 30.0  # seconds that a run waits for W&B, when it begins and when it ends
 TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h, "try again later": a training that was stopped and has saved
 PACKAGES = ("dlnb", "torch", "lightning", "deepspeed", "numpy")
@@ -239,8 +239,8 @@ class RunRecord(BaseModel):
         self.pid_created = psutil.Process().create_time()
         self.versions, self.code, self.hardware = package_versions(), code_version(), hardware()
         for left in self.folder.glob(".run.json.*.new"):
-            with suppress(FileNotFoundError):  # another worker of a search has just written it
-                if time.time() - left.stat().st_mtime > 60:  # s, so by a process that was killed
+            with suppress(FileNotFoundError):  # another worker of a search has just made it the record
+                if time.time() > left.stat().st_mtime + HEARTBEAT_GRACE:  # by a process that was killed
                     left.unlink()
 
     def end(self, error: BaseException | None = None) -> None:

@@ -270,10 +270,10 @@ def campaign(root: Path, names: list[str], choice: random.Random, **study) -> li
     try:
         while len(killed) < len(names) and process.poll() != 0:
             time.sleep(choice.uniform(1, 12))
-            if process.poll() is None:
-                killed += [names[len(killed)]] * kill_one(names[len(killed)], root, process, choice)
-            elif process.poll() != 0:
+            if process.poll():
                 process = start_notebook(root, **study)
+            elif process.poll() is None and kill_one(name := names[len(killed)], root, process, choice):
+                killed.append(name)
         if process.wait(300) != 0:
             process = start_notebook(root, **study)
             assert process.wait(300) == 0
