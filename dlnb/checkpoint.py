@@ -325,6 +325,7 @@ class Write(NamedTuple):
     manifest: Manifest
     paths: Sequence[Path]  # the names that the checkpoint shall have
     removals: Sequence[Path]  # checkpoints that it takes the place of
+    notes: Sequence[Callable[[], None]] = ()  # called by rank 0 once it has its names, before the others are removed
 
 
 class Writer:
@@ -387,6 +388,8 @@ class Writer:
                 self._await_notes(work)
                 _complete(work)
             place(work.staging, *work.paths)
+            for note in work.notes:
+                note()
             for path in work.removals:
                 remove(path)
 
@@ -519,6 +522,7 @@ def save_checkpoint(
     manifest: Manifest,
     *paths: Path,  # in one folder: the names of the checkpoint
     removals: Sequence[Path] = (),  # checkpoints that are no longer wanted when this one is complete
+    notes: Sequence[Callable[[], None]] = (),  # called by rank 0 when it is complete, before the removals
     background: bool = True,
 ) -> None:
     "Save the training's state; all ranks call it together. Raises what the checkpoint before this one ran into."
@@ -531,5 +535,5 @@ def save_checkpoint(
     with collected(trainer.strategy, files):
         trainer.save_checkpoint(staging)
     if trainer.is_global_zero or files:
-        writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals), background)
+        writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals, notes), background)
     writer.pauses.append(time.perf_counter() - began)

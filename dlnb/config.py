@@ -204,7 +204,7 @@ def _count_devices(accelerator: str, devices: int | str | list[int]) -> int:
 
 # %% ../nbs/04_config.ipynb #c1a30b26
 UNHASHED = frozenset(
-    "root name tags wandb logger log_every_n_steps max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
+    "root name tags wandb logger log_every_n_steps terminate_on_nan max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
@@ -258,6 +258,7 @@ class RunConfig(BaseModel):
     monitor_mode: Literal["min", "max"] = "min"
     patience: int | None = Field(None, ge=0)  # validations without an improvement; None: no early stopping
     min_delta: float = Field(0.0, ge=0)
+    terminate_on_nan: bool = False  # end where the loss becomes NaN or infinite; else that is reported, and the training goes on
     seed: int = Field(0, ge=0, lt=2**32)
     root: str = "runs"
     name: str | None = None  # in place of the readable part of the folder's name
@@ -393,7 +394,7 @@ class RunConfig(BaseModel):
         kept = UNHASHED - {"resume"} if self.origin else UNHASHED
         settings = self.resolved.model_dump(exclude=kept)
         if self.origin:
-            settings["resume"] = str(Path(self.origin).resolve())
+            settings["resume"] = _place_in(self.root, self.origin)
         data_arguments = {name: value for name, value in self.data_arguments.items() if name != "num_workers"}
         return settings | {
             "model_args": self.model_arguments,
@@ -434,6 +435,12 @@ class RunConfig(BaseModel):
         return f"{self.task}-{_check_mode(mode)}"
 
 # %% ../nbs/04_config.ipynb #701ce415
+def _place_in(root: str, path: str) -> str:
+    "A path that stays the same when it is moved together with the root, or reached through a link."
+    place, top = Path(path).resolve(), Path(root).resolve()
+    return place.relative_to(top).as_posix() if place.is_relative_to(top) else str(place)
+
+
 def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))

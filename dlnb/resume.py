@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start', 'ResumableBatches', 'ResumableLoader',
            'process_loaders', 'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches',
-           'count_batches_anew', 'ExactResume', 'manifest_of', 'AtomicCheckpoint']
+           'count_batches_anew', 'ExactResume', 'manifest_of', 'RankedCheckpoints', 'AtomicCheckpoint']
 
 # %% ../nbs/12_resume.ipynb #f62b294e
+import os
 import random
 import warnings
 import zlib
@@ -502,9 +503,57 @@ def manifest_of(trainer: Trainer, identity: str | None = None) -> Manifest:
         versions=package_versions(),
     )
 
+# %% ../nbs/12_resume.ipynb #7e50e817
+class RankedCheckpoints(ModelCheckpoint):
+    "Lightning's `ModelCheckpoint`, which finds the checkpoints that it has ranked again wherever their folder has come to be."
 
-class AtomicCheckpoint(ModelCheckpoint):
-    "Lightning's `ModelCheckpoint`, whose checkpoints are complete or invisible. Used with `ExactResume`."
+    _paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+    def state_dict(self) -> dict[str, Any]:
+        "Lightning's, with names in place of paths."
+        state = super().state_dict()
+        ranked = {Path(path).name: score for path, score in self.best_k_models.items()}
+        return state | {name: Path(state[name]).name for name in self._paths} | {"best_k_models": ranked, "dirpath": None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        "Paths in this callback's folder; what is not there is forgotten when the training starts."
+        paths = {name: self._here(state_dict.get(name) or "") for name in self._paths}
+        ranked = {self._here(path): score for path, score in (state_dict.get("best_k_models") or {}).items()}
+        super().load_state_dict(state_dict | paths | {"best_k_models": ranked, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        return os.path.join(self.dirpath or "", Path(path).name) if path else ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        paths = {*self.best_k_models, *(getattr(self, name) for name in self._paths)}
+        there = trainer.strategy.broadcast({path for path in paths if os.path.exists(path)})  # as the first rank sees it
+        for name in self._paths:
+            if getattr(self, name) not in there:
+                setattr(self, name, "")
+        if self.monitor is not None:
+            self._rank({path: score for path, score in self.best_k_models.items() if path in there})
+
+    def _rank(self, scores: dict[str, torch.Tensor]) -> None:
+        "What follows from the scores of the checkpoints that there are. One that is NaN or infinite is none."
+        self.best_k_models = {path: score for path, score in scores.items() if bool(torch.isfinite(score))}
+        best, worst = (min, max) if self.mode == "min" else (max, min)
+        ranked = list(self.best_k_models)
+        self.best_model_path = best(ranked, key=self.best_k_models.get, default="")
+        self.best_model_score = self.best_k_models.get(self.best_model_path)
+        self.kth_best_model_path = worst(ranked, key=self.best_k_models.get) if len(ranked) == self.save_top_k else ""
+        self.kth_value = self.best_k_models.get(self.kth_best_model_path, self.kth_value)
+
+# %% ../nbs/12_resume.ipynb #deeae19a
+def _place(trainer: Trainer) -> tuple[int, int]:
+    "The optimizer steps and the epochs that are behind."
+    return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
+
+
+class AtomicCheckpoint(RankedCheckpoints):
+    """A `ModelCheckpoint` whose checkpoints are complete or invisible. Used with `ExactResume`.
+
+    `last.ckpt` is the newest state after every epoch, and after every `every_n_train_steps`, whatever the best one is."""
 
     writer = Writer()  # one a process: two checkpoints are never written at the same time
 
@@ -519,6 +568,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         self.identity, self.background = identity, background
         self.wanted: list[Path] = []
         self.unwanted: list[Path] = []
+        self.last_place = (0, 0)  # of last.ckpt: steps and epochs
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         self.wanted.append(Path(filepath))
@@ -531,17 +581,32 @@ class AtomicCheckpoint(ModelCheckpoint):
         "Also the one that the training went on from: when it is removed, a newer one is complete."
         return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
+    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        "A score that is NaN or infinite on any rank is none: it is never the best, not even for want of another."
+        score = monitor_candidates.get(self.monitor)
+        if score is None or trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(score))):
+            super()._save_monitor_checkpoint(trainer, monitor_candidates)
+        elif self.save_top_k == -1:  # every epoch's is kept
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = manifest_of(trainer, self.identity).model_dump(mode="json")
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._want_last(trainer)
         if self.wanted:
             self.save(trainer, self.background)
 
+    def _want_last(self, trainer: Trainer, now: bool = False) -> None:
+        "Lightning writes last.ckpt only where it has written a best one, and then it is not the newest state."
+        after_epoch = self.every_n_epochs >= 1 and is_between_epochs(trainer) and self.last_place != _place(trainer)
+        if self.save_last and (now or after_epoch) and Path(self.last_model_path) not in self.wanted:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def save_now(self, trainer: Trainer) -> None:
         "Save the last checkpoint, unless it is of this step, and wait for it; all ranks call it at a boundary."
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._want_last(trainer, now=self._last_global_step_saved != trainer.global_step)
+        if self.wanted:
             self.save(trainer, background=False)
         self.writer.finish()
         trainer.strategy.barrier()
@@ -553,8 +618,13 @@ class AtomicCheckpoint(ModelCheckpoint):
                 callback.collect(trainer)
         wanted, unwanted = list(dict.fromkeys(self.wanted)), [path for path in self.unwanted if path not in self.wanted]
         self.wanted, self.unwanted = [], []
+        if Path(self.last_model_path) in wanted:
+            self.last_place = _place(trainer)
+        manifest = manifest_of(trainer, self.identity)
+        keepers = [callback for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
+        notes = [callback.note_of_checkpoint(trainer, manifest) for callback in keepers]
         save_checkpoint(
-            trainer, self.writer, manifest_of(trainer, self.identity), *wanted, removals=unwanted, background=background
+            trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background
         )
         if trainer.is_global_zero:
             for logger in trainer.loggers:

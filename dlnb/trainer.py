@@ -22,11 +22,11 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import TCPStore
 
-from .callbacks import CheckBatches, CheckMonitor, LoadWeights, Pruned, ReportProgress
+from .callbacks import CheckBatches, CheckLoss, CheckMonitor, LoadWeights, Pruned, ReportProgress
 from .callbacks import RunRecorder, StopTogether, progress_bar
 from .checkpoint import Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
 from .config import RunConfig
@@ -34,6 +34,7 @@ from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
 from .errors import unknown
 from .layout import read_layout
+from .metrics import MetricsLogger
 from .optim import provide_optimizers
 from .plots import confusion_matrix
 from .predictions import PredictionWriter, merge_predictions
@@ -117,11 +118,12 @@ def build_trainer(
     _check_interactive(settings)
     recorder = RunRecorder(record, config)
     callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), recorder, LearningRateMonitor("step")]
+    callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
         callbacks.append(CheckMonitor(config.monitor))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
-    metrics = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=config.log_every_n_steps)
+    metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
     tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
     online = wandb_logger(record, config.project(record.mode), tags, group or config.hash)
     shared = "max_epochs max_steps log_every_n_steps gradient_clip_val"
@@ -292,9 +294,8 @@ def quiet_lightning():
             ".*does not have many workers.*",  # they are sized to the machine
             ".*number of training batches.*logging interval.*",
             ".*Checkpoint directory .* exists and is not empty.*",
-            ".*Experiment logs directory .* exists and is not empty.*",
             ".*treespec, LeafSpec.*",  # Lightning's own call of torch
-            ".*The dirpath has changed from.*",  # another run's best checkpoint is not this one's
+            ".*`srun` command is available.*",  # under the engine, ranks are started by papermill
             ".*each worker will save a shard.*",  # and dlnb makes one file of them
         ):
             warnings.filterwarnings("ignore", message=noise)
@@ -332,6 +333,7 @@ def fit(
                 _continue_from(trainer, record, trained, start)
             trainer.fit(trained, datamodule=data)
             _recorder(trainer).update(trainer, finished_epochs=trainer.current_epoch)
+            _announce_early_stop(trainer)
             _leave_group()
             if trainer.is_global_zero:
                 _keep_weights(record)
@@ -367,6 +369,8 @@ def _announce(start: Found | None) -> None:
 
 def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, start: Found | None) -> None:
     "Have the Trainer begin there. Raises `ValueError` where the checkpoint is of another model."
+    manifest = start and start.manifest
+    record.epoch, record.step = (manifest.epoch, manifest.step) if manifest else (0, 0)  # a kill may have left less than it says
     if start is None:
         return
     callback = next(callback for callback in trainer.callbacks if isinstance(callback, ContinueFrom))
@@ -379,6 +383,13 @@ def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, 
     layout = read_layout(start.path)
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, start.path)
+
+
+def _announce_early_stop(trainer: Trainer) -> None:
+    "Say why, where the training has ended before its last epoch: also of a metric that is NaN."
+    callback = trainer.early_stopping_callback
+    if trainer.is_global_zero and trainer.should_stop and callback is not None and callback.stopping_reason_message:
+        print(f"Stopped early, after {trainer.current_epoch} epochs. {callback.stopping_reason_message}")
 
 
 def _recorder(trainer: Trainer) -> RunRecorder:
