@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +150,20 @@ class Preempted(SystemExit):
 WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while the training saves
 
 
-def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+def _init_worker(is_over: Any, init: Callable[[int], None] | None, worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: signal.alarm(WORKER_GRACE))
+        signal.signal(number, lambda *_: os._exit(0) if is_over.value else signal.alarm(WORKER_GRACE))
     if init is not None:
         init(worker)
 
 
-def _with_patient_workers(loader: Any) -> Any:
+def _with_patient_workers(
+    loader: Any,
+    is_over: Any,  # a value in shared memory: whether the training has ended, and nobody needs the workers any more
+) -> Any:
     "A scheduler's signal reaches loading processes too; one that ended at once would fail the training before it has saved."
     if isinstance(loader, DataLoader) and getattr(loader.worker_init_fn, "func", None) is not _init_worker:
-        loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+        loader.worker_init_fn = partial(_init_worker, is_over, loader.worker_init_fn)
     return loader
 
 
@@ -178,18 +182,24 @@ class StopTogether(Callback):
         self.due = 0  # the step of the next one
         self.group: Any = None
         self.handler_before: Any = None
+        self.is_over = RawValue("b", 0)  # shared with loading processes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or threading.current_thread() is not threading.main_thread():
             return
         add_boundaries(trainer)
-        process_loaders(trainer, _with_patient_workers)
+        self.is_over.value = 0
+        process_loaders(trainer, partial(_with_patient_workers, is_over=self.is_over))
         connector = trainer._signal_connector
         for name in ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"):  # what Lightning is about to register
             setattr(connector, name, self.receive)
         self.handler_before = signal.signal(signal.SIGUSR1, self.receive)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.is_over.value = 1  # Python ends loading processes by SIGTERM, and waits for them
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.is_over.value = 1
         if self.handler_before is not None:
             signal.signal(signal.SIGUSR1, self.handler_before)
             self.handler_before = None

@@ -7,6 +7,7 @@ __all__ = ['read_rows', 'MetricsFile', 'MetricsLogger']
 
 # %% ../nbs/10_metrics.ipynb #a0f652f7
 import csv
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,5 +117,6 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        "Write the rows that wait, at the end of a training, good or bad."
-        self.save()
+        "Write the rows that wait, at the end of a training. What a failed one ends with is not hidden by a full disk."
+        with nullcontext() if status == "success" else suppress(OSError):
+            self.save()
