@@ -5,8 +5,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -118,3 +121,65 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(pape
     assert record["status"] == "finished" and kills >= 8
     assert weights_of(roots["killed"]) == weights_of(roots["whole"])
     assert batches_of(tmp_path / "killed-trace") == batches_of(tmp_path / "whole-trace")
+
+
+ALONE = dict(model=f"{TRACED}:KilledNet", data=f"{TRACED}:TracedDigits", accelerator="cpu", devices=1, strategy="single_device")
+ALONE |= dict(max_epochs=12, batch_size=64, optimizer="AdamW", save_every_n_steps=3, log_every_n_steps=1)
+ALONE |= dict(data_args={"num_workers": 0}, trainer_args={"enable_progress_bar": False})
+
+
+def elsewhere(place: Path, number: int) -> tuple[Path, str]:
+    "Where the runs' folder is now, and by which path the next attempt is given it: as it is, moved, or through links."
+    if number % 3 == 0:
+        place = place.rename(place.with_name(f"moved-{number}"))
+    link = place.with_name(f"link-{number}")
+    if number % 4 == 1:
+        link.symlink_to(place)
+    elif number % 4 == 2:
+        link.symlink_to(place.name)
+    elif number % 4 == 3:
+        (folder := place.with_name(f"deep-{number}") / "deeper").mkdir(parents=True)
+        (link := folder / "runs").symlink_to(Path("..") / ".." / place.name)
+    return place, str(link if link.is_symlink() else place)
+
+
+def claims(folder: Path) -> None:
+    "The record says no more than the disk holds."
+    from dlnb.checkpoint import read_manifest
+
+    record = json.loads((folder / "run.json").read_text())
+    found = [read_manifest(path).step for path in (folder / "checkpoints").glob("*.ckpt")]
+    assert record["step"] <= max(found, default=0)
+    assert all(name is None or (folder / name).exists() for name in (record["best_checkpoint"], record["last_checkpoint"]))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_sixty_six_kills_at_chosen_moments_on_moved_and_linked_roots_lose_nothing(tmp_path):
+    def attempt(root: str, trace: str, **environment: str) -> int:
+        command = [sys.executable, str(TRACED), json.dumps(ALONE | {"root": root})]
+        (tmp_path / trace).mkdir(exist_ok=True)
+        environment = os.environ | {"TRACE": str(tmp_path / trace)} | environment
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120).returncode
+
+    assert attempt("whole", "whole-trace") == 0
+    (place := tmp_path / "killed").mkdir()
+    draw, kills = random.Random(66), Counter()
+    moments = [moment for moment in ("setup", "start", "save", "0", "1", "4") for _ in range(11)]
+    draw.shuffle(moments)
+    for number, moment in enumerate(moments):
+        place, root = elsewhere(place, number)
+        if attempt(root, "killed-trace", KILL=moment) == -signal.SIGKILL:
+            kills[moment] += 1
+        if list(place.rglob("run.json")):
+            claims(run_of(place)[0])
+    assert attempt(str(place), "killed-trace") == 0
+    print(sum(kills.values()), "kills:", dict(kills))
+    assert sum(kills.values()) >= 64 and len(kills) == 6
+    (whole, _), (killed, record) = run_of(tmp_path / "whole"), run_of(place)
+    assert record["status"] == "finished"
+    assert weights_of(place) == weights_of(tmp_path / "whole")
+    assert batches_of(tmp_path / "killed-trace") == batches_of(tmp_path / "whole-trace")
+    assert sorted((killed / "metrics.csv").read_text().split()) == sorted((whole / "metrics.csv").read_text().split())
+    assert sorted(os.listdir(killed / "checkpoints")) == sorted(os.listdir(whole / "checkpoints"))
+    assert not [path for path in killed.rglob("*") if path.name.endswith((".new", ".unfinished", ".room"))]

@@ -1,11 +1,13 @@
 """A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`.
 
 `TRACE` names a folder for the samples' numbers. `STOP_AT`, an optimizer step, ends the training there with an error, where `STOP_ONCE`
-names a file only once. `SAVE_START` names a checkpoint to save before the first step."""
+names a file only once. `SAVE_START` names a checkpoint to save before the first step. `KILL` says when the process kills itself."""
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +45,41 @@ class TracedNet(DigitsNet):
 
     def validation_step(self, batch, batch_idx):
         self._step(batch[:2], "val")
+
+
+class KilledNet(TracedNet):
+    "Kills its process with SIGKILL: at the `setup`, at the `start`, before its own n-th step, or while a file is `save`d."
+
+    steps = 0
+
+    def setup(self, stage):
+        kill_at("setup")
+
+    def on_train_start(self):
+        super().on_train_start()
+        kill_at("start")
+        if os.environ.get("KILL") == "save":
+            checkpoints = Path(self.trainer.checkpoint_callback.dirpath)
+            threading.Thread(target=kill_while_saving, args=(checkpoints,), daemon=True).start()
+
+    def on_train_batch_start(self, batch, batch_idx):
+        kill_at(str(self.steps))
+        self.steps += 1
+        if os.environ.get("KILL") == "save":
+            time.sleep(0.01)  # the thread needs the interpreter
+
+
+def kill_at(moment: str) -> None:
+    if os.environ.get("KILL") == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_saving(checkpoints: Path) -> None:
+    "At the third unfinished name that is seen."
+    for _ in range(3):
+        while not list(checkpoints.glob("*.unfinished")):
+            time.sleep(0.0002)
+    kill_at("save")
 
 
 class SteppedBySGD(TracedNet):
