@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from .lock import began_at
+
 LINGER = 3.0  # seconds that a failed rank stays: Lightning kills the kernel when one leaves, before the kernel can say anything
 
 # %% ../nbs/18_ranks.ipynb #69e6d05e
@@ -87,13 +89,11 @@ def _job_folder() -> Path:
     root = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     if external_rank() is None:
         return Path(tempfile.mkdtemp(prefix="dlnb-", dir=root))
-    import psutil
-
-    began = int(psutil.Process(os.getppid()).create_time())  # the launcher's; its number may have been another's
+    began = began_at(os.getppid()) or 0  # the launcher's; its number may have been another's
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    folder = Path(root) / f"dlnb-{os.getuid()}-{os.getppid()}-{began}-{restart}"
+    folder = Path(root) / f"dlnb-{os.getuid()}-{os.getppid()}-{began:.0f}-{restart}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
         raise PermissionError(f"{folder} belongs to somebody else; set TMPDIR to a folder of your own.")
     return folder
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JOB', 'HEARTBEAT_GRACE', 'TIME_FOR_WANDB', 'TEMPORARY_FAILURE', 'ROOM', 'PACKAGES', 'STAGES', 'FIRST',
            'announce_stop', 'package_versions', 'code_version', 'hardware', 'now', 'named_errors', 'new_text_file',
-           'write_json', 'is_running', 'Attempt', 'RunRecord', 'read_metrics', 'plot_metrics', 'read_records', 'runs',
-           'compare', 'best', 'prune', 'plot_runs', 'wandb_mode', 'wandb_logger', 'end_wandb']
+           'write_json', 'Attempt', 'RunRecord', 'read_metrics', 'plot_metrics', 'read_records', 'runs', 'compare',
+           'best', 'prune', 'plot_runs', 'wandb_mode', 'wandb_logger', 'end_wandb']
 
 # %% ../nbs/09_track.ipynb #f281d8ec
 import ast
@@ -17,13 +17,12 @@ import platform
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +34,7 @@ import psutil
 from pydantic import BaseModel
 
 from .errors import unknown
+from .lock import Process, find_holder, touching
 
 # %% ../nbs/09_track.ipynb #e3fa1365
 JOB = "DLNB_JOB"  # the environment variable with the folder that the engine and its ranks share
@@ -135,17 +135,6 @@ def write_json(
         json.dump(_without_nan(value), file, indent=1, allow_nan=False)
 
 # %% ../nbs/09_track.ipynb #390f5540
-def is_running(
-    pid: int,
-    created: float,  # seconds since the epoch
-) -> bool:
-    "Whether that process of this machine still runs; its number may be another's by now."
-    try:
-        return abs(psutil.Process(pid).create_time() - created) < 1
-    except psutil.NoSuchProcess:
-        return False
-
-
 class Attempt(BaseModel):
     "How a run went before it was continued."
 
@@ -170,7 +159,8 @@ class RunRecord(BaseModel):
     earlier: list[Attempt] = []  # all attempts but the last
     host: str = ""
     pid: int = 0  # of rank 0
-    pid_created: float = 0.0  # when that process began: a number is given again to others
+    pid_began: float = 0.0  # as `dlnb.lock.began_at` gives it: a number is given again to others
+    machine: str = ""  # as `dlnb.lock.machine` gives it
     settings: dict[str, Any] = {}  # the RunConfig as it was given
     resolved: dict[str, Any] = {}  # what came of it on this machine
     versions: dict[str, str] = {}
@@ -224,16 +214,19 @@ class RunRecord(BaseModel):
         return cls.read(folder) if (folder / "run.json").exists() else cls(folder=folder, mode=mode)
 
     @property
+    def process(self) -> Process:
+        "Rank 0's."
+        return Process(self.host, self.machine, self.pid, self.pid_began)
+
+    @property
     def is_alive(self) -> bool:
-        "Whether its process still trains, as far as can be seen from this machine."
-        if self.status != "running" or self.host != socket.gethostname():
-            return False
-        return is_running(self.pid, self.pid_created)
+        "Whether it is seen to be trained: its process runs here, or its folder's lock is held."
+        return self.status == "running" and (self.process.is_running or find_holder(self.folder) is not None)
 
     @property
     def may_be_alive(self) -> bool:
-        "Whether its process may still train. On another machine it cannot be seen, but its record is touched as long as it lives."
-        if self.host == socket.gethostname() or self.status != "running":
+        "For the eye: whether it is alive, or was touched lately by a process that cannot be seen. What must not err waits (`dlnb.lock`)."
+        if self.is_alive or self.status != "running" or self.process.is_here:
             return self.is_alive
         try:
             return time.time() < self.path.stat().st_mtime + HEARTBEAT_GRACE
@@ -248,7 +241,7 @@ class RunRecord(BaseModel):
     @property
     def is_own(self) -> bool:
         "Whether it is this process that trains it."
-        return self.is_alive and self.pid == os.getpid()
+        return self.status == "running" and self.process == Process.this()
 
     def announce(self) -> None:
         "Where the engine runs this notebook, tell it in which folder that belongs executed; until then it stands there as it began."
@@ -266,8 +259,8 @@ class RunRecord(BaseModel):
             before = {name: getattr(self, name) for name in ("started", "ended", "error", "host", "step")}
             self.earlier.append(Attempt(status=status, **before))
         self.status, self.error, self.started, self.ended = "running", None, now(), None
-        self.host, self.pid, self.attempts = socket.gethostname(), os.getpid(), self.attempts + 1
-        self.pid_created = psutil.Process().create_time()
+        process, self.attempts = Process.this(), self.attempts + 1
+        self.host, self.machine, self.pid, self.pid_began = process.host, process.machine, process.pid, process.began
         self.versions, self.code, self.hardware = package_versions(), code_version(), hardware()
         self._keep_room()
         for left in self.folder.glob(".run.json.*.new"):
@@ -313,21 +306,9 @@ class RunRecord(BaseModel):
                 with suppress(OSError) if error else nullcontext():
                     self._write_end()
 
-    @contextmanager
-    def heartbeat(self, every: float = 15.0) -> Iterator[None]:
+    def heartbeat(self, every: float = 15.0) -> AbstractContextManager[None]:
         "Touch the record every so many seconds, for those who look from another machine."
-        stopped = threading.Event()
-
-        def beat() -> None:
-            while not stopped.wait(every):
-                with suppress(OSError):
-                    os.utime(self.path)
-
-        threading.Thread(target=beat, name="dlnb-heartbeat", daemon=True).start()
-        try:
-            yield
-        finally:
-            stopped.set()
+        return touching(self.path, every)
 
     def summary(self) -> dict[str, str]:
         "The few lines that a reader wants first."

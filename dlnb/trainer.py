@@ -7,15 +7,12 @@ __all__ = ['build_model', 'build_data', 'checkpoint_callbacks', 'kept_accumulati
            'is_finished', 'quiet_lightning', 'fit', 'fit_trial', 'evaluate', 'predict']
 
 # %% ../nbs/17_trainer.ipynb #f013f026
-import fcntl
-import hashlib
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
 from .errors import unknown
 from .layout import read_layout
+from .lock import LOCK, Watch, beats, check_free, hold
 from .metrics import MetricsLogger
 from .optim import provide_optimizers
 from .plots import confusion_matrix
@@ -181,13 +179,9 @@ def _check_interactive(settings: RunConfig) -> None:
 
 # %% ../nbs/17_trainer.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
-    "The record of the run that these settings mean. Raises `ValueError` where another process is training it."
+    "The record of the run that these settings mean. It may be another process's until `fit` has the folder's lock."
     folder = config.folder()
-    if config.resume == "never":
-        folder = _free_folder(folder)
-    record = RunRecord.read_or_new(folder)
-    _check_nobody_writes(record, "trained", "Wait for it, end it, or give resume='never' to train beside it.")
-    return record
+    return RunRecord.read_or_new(_free_folder(folder) if config.resume == "never" else folder)
 
 
 def _as_own_run(config: RunConfig) -> RunConfig:
@@ -220,7 +214,8 @@ def _find_given(config: RunConfig) -> Found:
         origin = RunRecord.read(path)
         if origin.mode != "train":
             raise ValueError(f"resume={config.resume!r} is the folder of a {origin.mode}, not of a training.")
-        _check_nobody_writes(origin, "trained", "Wait for it, or end it.")
+        check_free(path, "trained")
+        _check_older_version(origin, "trained")
         if (found := find_checkpoint(path / "checkpoints")) is None:
             raise ValueError(f"resume={str(path)!r} is a run without a checkpoint: its training had not saved one yet.")
         return found
@@ -245,26 +240,38 @@ def _check_more_to_train(config: RunConfig, found: Found) -> None:
         )
 
 
-def _check_nobody_writes(record: RunRecord, what: str, remedy: str) -> None:
-    if record.is_alive and not record.is_own:
-        raise ValueError(f"{record.folder} is being {what} by process {record.pid} since {record.started}. {remedy}")
-
-
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    "Raise `ValueError` where another process of this machine has begun with this run, and not written its record yet."
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"dlnb-{os.getuid()}-{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being trained by another process, which has just begun.") from None
+def _alone(trainer: Trainer, record: RunRecord, what: str, remedy: str = "Wait for it, or end it.") -> Iterator[None]:
+    "Hold the lock of the run's folder, on rank 0. Raises `ValueError`, before a file is written, where another process has it."
+    if not trainer.is_global_zero:
         yield
+        return
+    with hold(record.folder, what, remedy):
+        now = RunRecord.read_or_new(record.folder)
+        _check_older_version(now, what)
+        if record.mode == "train" and (now.attempts, now.ended) != (record.attempts, record.ended):
+            raise ValueError(f"{record.folder} was trained by another process just now. Give the same command again.")
+        yield
+
+
+def _check_older_version(record: RunRecord, what: str) -> None:
+    "Raise `ValueError` where a version of dlnb that has no locks, and touches the record every 15 s, writes there."
+    if record.status != "running" or record.machine or not record.attempts:
+        return
+    whose = f"{record.folder} is being {what} by process {record.pid} on {record.host} since {record.started}"
+    print(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a sign of life.", flush=True)
+    if beats(record.path, 40):
+        raise ValueError(f"{whose}. Wait for it, or end it.")
 
 
 def _free_folder(folder: Path) -> Path:
     beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
-    return next(path for path in (folder, *beside) if not path.exists())
+    return next(path for path in (folder, *beside) if not path.exists() or _has_only_lock(path))
+
+
+def _has_only_lock(path: Path) -> bool:
+    "Whether it is the folder that the first rank, of all that look for one, has found free and locked."
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {LOCK}
 
 
 def is_finished(record: RunRecord, config: RunConfig) -> bool:
@@ -323,10 +330,11 @@ def fit(
         )
         return record
     record.settings = config.model_dump()
+    remedy = "Wait for it, end it, or give resume='never' to train beside it."
     _leave_old_store()
     with quiet_lightning():
         trainer = build_trainer(config, record)
-        with _recorded(trainer, record), _alone(record.folder) if trainer.is_global_zero else nullcontext():
+        with _alone(trainer, record, "trained", remedy), _recorded(trainer, record):
             trained, data = model or build_model(config), data or build_data(config)
             if trainer.is_global_zero:
                 _announce(start := find_start(config, record))
@@ -443,10 +451,11 @@ def _keep_weights(record: RunRecord) -> None:
 
 
 def _await_end(record: RunRecord) -> RunRecord:
-    "The record as rank 0 writes it when the run has ended, or as it was when rank 0 is seen to have died."
-    while (written := RunRecord.read(record.folder)).status == "running" and written.may_be_alive:
+    "The record as rank 0 writes it when the run has ended, or as it was when rank 0 had died."
+    rank_zero = Watch(record.folder)
+    while RunRecord.read(record.folder).status == "running" and rank_zero.may_be_held:
         time.sleep(0.1)
-    return written
+    return RunRecord.read(record.folder)
 
 # %% ../nbs/17_trainer.ipynb #ec610448
 def evaluate(
@@ -483,11 +492,9 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, config.resume)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
-    if record.path.exists():
-        _check_nobody_writes(RunRecord.read(record.folder), "filled", "Wait for it, or end it.")
     with quiet_lightning():
         trainer = _inference_trainer(config, record)
-        with _recorded(trainer, record):
+        with _alone(trainer, record, "filled"), _recorded(trainer, record):
             if test:
                 results = trainer.test(model, datamodule=data, verbose=False)
                 record.metrics = {name: value for result in results for name, value in result.items()}

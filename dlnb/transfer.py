@@ -198,7 +198,7 @@ class NewFile:
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(f".{path.name}.new")
-        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if not self._is_locked():
             os.close(self.descriptor)
             raise FileExistsError(errno.EEXIST, "Another process is writing this file", str(path))

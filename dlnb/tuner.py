@@ -15,13 +15,14 @@ import math
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from .callbacks import Line
 from .config import Dictionary, RunConfig, apply_params, load_function, read_text, short_hash
 from .data import usable_cores
 from .errors import unknown
-from .track import RunRecord, is_running, package_versions, write_json
+from .lock import Process, Silence, open_lock
+from .track import RunRecord, package_versions, write_json
 from .trial import Outcome, Share, run_trial
 
 # %% ../nbs/22_tuner.ipynb #017bdd58
@@ -223,7 +225,7 @@ class _JournalLock:
         self.path, self.held = path, threading.local()
 
     def acquire(self) -> bool:
-        self.held.file = self.path.with_name(f"{self.path.name}.lock").open("w")
+        self.held.file = os.fdopen(open_lock(self.path.with_name(f"{self.path.name}.lock")), "w")
         fcntl.flock(self.held.file, fcntl.LOCK_EX)
         with self.path.open("rb+") as journal:
             size = journal.seek(0, os.SEEK_END)
@@ -282,22 +284,14 @@ def _open_database(url: str) -> RDBStorage:
 
 # %% ../nbs/22_tuner.ipynb #facb1002
 BEAT = 20.0  # seconds between a worker's signs of life
-LOST = 120.0  # seconds without one, after which a worker on another machine is taken for dead
+LOST = 120.0  # seconds that one looks in vain for one, after which a worker on another machine is taken for dead
 
 
-def _me() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "created": process.create_time()}
-
-
-def _has_died(row: FrozenTrial) -> bool:
-    "Whether a running row's worker is gone."
-    worker = row.user_attrs.get("worker")
-    if worker is None:  # taken, and not signed yet
-        return row.datetime_start is not None and time.time() - row.datetime_start.timestamp() > BEAT
-    if worker["host"] != socket.gethostname():
-        return time.time() - row.user_attrs.get("alive", 0) > LOST
-    return not is_running(worker["pid"], worker["created"])
+def _worker(row: FrozenTrial) -> Process | None:
+    "The process that works on a row; None where it has taken the row and not signed it yet."
+    if (signed := row.user_attrs.get("worker")) is None:
+        return None
+    return Process(**{part.name: signed[part.name] for part in fields(Process) if part.name in signed})
 
 
 class _Study(optuna.study.Study):
@@ -317,6 +311,7 @@ class Rows:
         self.storage = get_storage(storage)  # asks a database only for what is new
         self.study_id = self.storage.get_study_id_from_name(study_name)
         self.lock, self.engine = folder / ".rows.lock", getattr(storage, "engine", None)
+        self.silences: defaultdict[int, Silence] = defaultdict(Silence)  # of workers that cannot be seen from here
 
     def all(self) -> list[FrozenTrial]:
         return self.storage.get_all_trials(self.study_id, deepcopy=False)[: self.n_trials]
@@ -325,7 +320,7 @@ class Rows:
     def _alone(self) -> Iterator[None]:
         "While nobody else adds, takes or frees rows, on this machine or on another one that uses the database. Ends with the process."
         with ExitStack() as stack:
-            fcntl.flock(stack.enter_context(self.lock.open("w")), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(os.fdopen(open_lock(self.lock), "w")), fcntl.LOCK_EX)
             if self.engine and self.engine.dialect.name != "sqlite":
                 attributes = select(column("key")).select_from(table("study_user_attributes"))
                 connection = stack.enter_context(self.engine.begin())
@@ -336,8 +331,16 @@ class Rows:
         "Have rows wait again whose workers have died."
         with self._alone():
             for row in self.all():
-                if row.state == TrialState.RUNNING and _has_died(row):
+                if row.state == TrialState.RUNNING and self._has_died(row):
                     self.put_back(row._trial_id)
+
+    def _has_died(self, row: FrozenTrial) -> bool:
+        "Whether a running row's worker is gone, or has shown no sign of life since this process first looked."
+        worker = _worker(row)
+        if worker and worker.is_here:
+            return not worker.is_running
+        silence = self.silences[row._trial_id].of((worker, row.user_attrs.get("alive")))
+        return silence > (LOST if worker else BEAT)
 
     def put_back(self, trial_id: int) -> None:
         "Have a row wait again."
@@ -358,7 +361,7 @@ class Rows:
                 return False
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        self.storage.set_trial_user_attr(row._trial_id, "worker", _me())
+        self.storage.set_trial_user_attr(row._trial_id, "worker", asdict(Process.this()))
         self.show_life(row._trial_id)
         return True
 
