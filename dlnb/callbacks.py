@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORKER_GRACE', 'ASK_EVERY', 'NEVER', 'describe_run', 'RunRecorder', 'Preempted', 'StopTogether', 'Pruned',
-           'ReportProgress', 'CheckMonitor', 'CheckBatches', 'CheckLoss', 'Line', 'NotebookProgressBar', 'progress_bar',
-           'LoadWeights']
+           'ReportProgress', 'CheckMonitor', 'CheckBatches', 'CheckLengths', 'CheckLoss', 'Line', 'NotebookProgressBar',
+           'progress_bar', 'LoadWeights']
 
 # %% ../nbs/14_callbacks.ipynb #d350fb26
 import os
@@ -31,7 +31,7 @@ from .consolidate import consolidate
 from .errors import unknown
 from .optim import describe_optimizer, zero_stage
 from .metrics import MetricsLogger
-from .resume import AtomicCheckpoint, add_boundaries, manifest_of, process_loaders
+from .resume import AtomicCheckpoint, add_boundaries, manifest_of, process_loaders, sample_counts
 from .track import TEMPORARY_FAILURE, RunRecord, announce_stop
 from .weights import load_weights
 
@@ -326,6 +326,36 @@ class CheckBatches(Callback):
                 f"accumulate_grad_batches={window} does not divide the {batches} batches of an epoch, and DeepSpeed would carry "
                 "the rest into the next one. Choose a divisor, limit_train_batches in trainer_args, or dlnb.data.DataModule."
             )
+
+# %% ../nbs/14_callbacks.ipynb #5b374bc9
+class CheckLengths(Callback):
+    "Reports data of another length than the checkpoint's, before the first step; refuses it in the middle of an epoch."
+
+    def __init__(self) -> None:
+        self.manifest: Manifest | None = None  # of the checkpoint that the training resumes from; rank 0's counts for all
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        saved, here = trainer.strategy.broadcast((self.manifest, sample_counts(trainer)))
+        for split, name in (("train", "training"), ("val", "validation")) if saved else ():
+            before, now = saved.samples.get(split, []), here[split]
+            if before == now or not _are_known(before, now):
+                continue
+            told = f"The {name} data has {_counted(now)} samples, and had {_counted(before)} when the checkpoint was saved."
+            if split == "train" and saved.batch:
+                raise ValueError(
+                    f"{told} The checkpoint is {saved.batch} batches into an epoch, a place that this data does not have. Restore the "
+                    "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to begin again."
+                )
+            if trainer.is_global_zero:
+                print(told)
+
+
+def _are_known(*lengths: list[int | None]) -> bool:
+    return all(of and None not in of for of in lengths)
+
+
+def _counted(lengths: list[int]) -> str:
+    return " + ".join(map(str, lengths))
 
 # %% ../nbs/14_callbacks.ipynb #b5ae503d
 NEVER = 2**62  # a step that no training reaches

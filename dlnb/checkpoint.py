@@ -52,6 +52,8 @@ class Manifest(BaseModel):
     optimizer: str = ""  # as `dlnb.optim.describe_optimizer` says it
     identity: str | None = None  # the hash of the settings
     versions: dict[str, str] = {}
+    sources: dict[str, str] = {}  # of the model and the data, as `dlnb.provenance.source_hashes` gives them
+    samples: dict[str, list[int | None]] = {}  # "train" and "val" to the lengths of their datasets, where they have one
     files: dict[str, FileEntry] = {}  # of a folder, by their path in it
 
     @property

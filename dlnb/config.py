@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from .errors import unknown
 
@@ -270,6 +270,7 @@ class RunConfig(BaseModel):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # online with a key, else offline
     logger: Literal["csv", "tensorboard"] = "csv"  # what metrics.csv gets, TensorBoard may get too
     trainer_args: Dictionary = {}  # anything else for Lightning's Trainer
+    _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 
     @model_validator(mode="before")
     @classmethod
@@ -400,12 +401,28 @@ class RunConfig(BaseModel):
             "model_args": self.model_arguments,
             "data_args": data_arguments,
             "devices": self.world_size // self.num_nodes,
+            **({"given": self._given} if self._given else {}),
         }
 
     @cached_property
     def hash(self) -> str:
         "What tells these settings from others: the `short_hash` of `identity`."
         return short_hash(self.identity)
+
+    def with_given(
+        self,
+        given: Mapping[str, str],  # "model" or "data" to what tells an object from the one that the settings describe
+    ) -> "RunConfig":
+        "The same settings of a run with these objects. Its classes are looked up again: a notebook's cell may have made new ones."
+        settings = {name: getattr(self, name) for name in type(self).model_fields}
+        new = type(self).model_construct(self.model_fields_set, **settings)
+        new._given = dict(given)
+        return new
+
+    @property
+    def given(self) -> dict[str, str]:
+        "What `with_given` was told."
+        return self._given
 
     @property
     def run_name(self) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generator_states', 'set_generator_states', 'seed_generators', 'Start', 'ResumableBatches', 'ResumableLoader',
            'process_loaders', 'resumable', 'add_boundaries', 'is_between_epochs', 'trained_batches',
-           'count_batches_anew', 'ExactResume', 'manifest_of', 'RankedCheckpoints', 'AtomicCheckpoint']
+           'count_batches_anew', 'ExactResume', 'sample_counts', 'manifest_of', 'RankedCheckpoints', 'AtomicCheckpoint']
 
 # %% ../nbs/12_resume.ipynb #f62b294e
 import os
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -487,7 +487,14 @@ class ExactResume(Callback):
         self.saved = None
 
 # %% ../nbs/12_resume.ipynb #f23b9a28
-def manifest_of(trainer: Trainer, identity: str | None = None) -> Manifest:
+def sample_counts(trainer: Trainer) -> dict[str, list[int | None]]:
+    "The lengths of the datasets of training and validation, one per loader; None for one that has none."
+    loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop}
+    loaders = {name: getattr(loop._combined_loader, "flattened", []) for name, loop in loops.items()}
+    return {name: [sized_len(getattr(loader, "dataset", None)) for loader in of] for name, of in loaders.items()}
+
+
+def manifest_of(trainer: Trainer, identity: str | None = None, sources: dict[str, str] | None = None) -> Manifest:
     "The manifest of a checkpoint that is saved now."
     return Manifest(
         step=trainer.global_step,
@@ -501,6 +508,8 @@ def manifest_of(trainer: Trainer, identity: str | None = None) -> Manifest:
         optimizer=describe_optimizer(trainer.optimizers[0]) if trainer.optimizers else "",
         identity=identity,
         versions=package_versions(),
+        sources=sources or {},
+        samples=sample_counts(trainer),
     )
 
 # %% ../nbs/12_resume.ipynb #7e50e817
@@ -561,11 +570,12 @@ class AtomicCheckpoint(RankedCheckpoints):
         self,
         *args: Any,
         identity: str | None = None,  # of the settings, for the manifest
+        sources: dict[str, str] | None = None,  # of the model and the data, likewise
         background: bool = True,
         **kwargs: Any,  # of ModelCheckpoint
     ):
         super().__init__(*args, **kwargs)
-        self.identity, self.background = identity, background
+        self.identity, self.sources, self.background = identity, sources, background
         self.wanted: list[Path] = []
         self.unwanted: list[Path] = []
         self.last_place = (0, 0)  # of last.ckpt: steps and epochs
@@ -590,7 +600,7 @@ class AtomicCheckpoint(RankedCheckpoints):
             self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = manifest_of(trainer, self.identity).model_dump(mode="json")
+        checkpoint[KEY] = manifest_of(trainer, self.identity, self.sources).model_dump(mode="json")
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._want_last(trainer)
@@ -620,7 +630,7 @@ class AtomicCheckpoint(RankedCheckpoints):
         self.wanted, self.unwanted = [], []
         if Path(self.last_model_path) in wanted:
             self.last_place = _place(trainer)
-        manifest = manifest_of(trainer, self.identity)
+        manifest = manifest_of(trainer, self.identity, self.sources)
         keepers = [callback for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
         notes = [callback.note_of_checkpoint(trainer, manifest) for callback in keepers]
         save_checkpoint(

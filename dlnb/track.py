@@ -164,6 +164,8 @@ class RunRecord(BaseModel):
     settings: dict[str, Any] = {}  # the RunConfig as it was given
     resolved: dict[str, Any] = {}  # what came of it on this machine
     versions: dict[str, str] = {}
+    sources: dict[str, str] = {}  # of the model and the data, as `dlnb.provenance.source_hashes` gives them
+    given: dict[str, str] = {}  # what told the model and the data that were passed from those of the settings
     code: dict[str, Any] = {}  # the git commit, and whether files differ from it
     hardware: dict[str, Any] = {}
     epoch: int = 0  # epochs that were finished; in a training with checkpoints, as far as the newest one
