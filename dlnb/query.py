@@ -26,7 +26,7 @@ ALLOWED = (
     "and, or, not and parentheses join conditions"
 )
 MOST_CHARACTERS, MOST_LEVELS = 20_000, 60
-LITERAL_OR_NAME = re.compile(r"""'''.*?'''|\"""(?:.*?)\"""|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`([^`\n]*)`""", re.S)
+LITERAL_OR_NAME = re.compile(r"""'{3}.*?'{3}|"{3}.*?"{3}|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|`([^`\n]*)`""", re.S)
 
 
 class Query(NamedTuple):
@@ -131,9 +131,9 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _is_in(left: Any, right: Any) -> bool | None:
-    "Whether it is one of a list, or a part of a text; None where neither can be."
-    if isinstance(right, list):
-        return any(_equal(left, value) for value in right)
+    "Whether it is one of a list's values, or a part of a text; None where neither can be."
+    if isinstance(right, frozenset):
+        return _kind(left) in COMPARABLE and (_kind(left), left) in right
     return left in right if isinstance(left, str) and isinstance(right, str) else None
 
 
@@ -227,9 +227,11 @@ def _compare(query: Query, node: ast.Compare, left: Operand, comparison: ast.cmp
     "One comparison, for every row. Raises `ValueError` where it makes sense for none of them."
     kind = _checked(query, node, left, comparison, right)
     left, right = _as_dates(query, node, left, right), _as_dates(query, node, right, left)
-    rows = list(zip(left.rows, right.rows))
     if any(side.is_literal and side.value is None for side in (left, right)):
-        return [(one is None and other is None) == (kind is ast.Eq) for one, other in rows]
+        return [(one is None and other is None) == (kind is ast.Eq) for one, other in zip(left.rows, right.rows)]
+    if isinstance(right.value, list):
+        right = right._replace(rows=repeat(frozenset((_kind(value), value) for value in right.value)))
+    rows = list(zip(left.rows, right.rows))
     there = [one is not None and other is not None for one, other in rows]
     results = [COMPARISONS[kind](*row) if present else None for row, present in zip(rows, there)]
     if any(there) and all(result is None for result in results):
@@ -259,8 +261,8 @@ def _joined(joint: ast.AST, parts: list[list[bool]]) -> list[bool]:
 def _truth(query: Query, node: ast.expr, column: Operand) -> list[bool]:
     "A column of True and False as a condition of its own."
     values = list(column.rows)
-    if other := next((value for value in values if not isinstance(value, bool | None)), None):
-        raise query.error(node, f"holds {_kind(other)}, which is no condition: compare it with something")
+    if others := [value for value in values if not isinstance(value, bool | None)]:
+        raise query.error(node, f"holds {_kind(others[0])}, which is no condition: compare it with something")
     return [value is True for value in values]
 
 
