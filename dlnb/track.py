@@ -96,9 +96,8 @@ def read_json(
 ) -> Any:
     "Read a JSON file. Raises `FileNotFoundError`, and `ValueError` for what is no file, too large or damaged; it never waits for a pipe."
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError(f"{path} is no file.")
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
@@ -370,7 +369,7 @@ def read_metrics(
             raise ValueError(f"it has no column step, but {', '.join(map(str, table.columns))}")
         table["step"] = pandas.to_numeric(table["step"])
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from error
     return table.sort_values("step", kind="stable").reset_index(drop=True)
 
 

@@ -192,12 +192,13 @@ def test_what_is_more_than_a_comparison_is_refused_in_a_sentence(where, told):
 
 
 ACT = """
-run == '`' and @__builtins__['open']('{mark}', 'w')
-@pandas.io.common.os.system('touch {mark}') == 0
+run == '`' or @os.system('touch {mark}') == '`'
+`run` == '`' and 1 == @shutil.os.system('touch {mark}') and '`' == run
+run != '`' and @Path('{mark}').touch() == '`'
+@os.system('touch {mark}') == 0
 run.to_csv('{mark}') == 1
 `run`.to_csv('{mark}') == 1
 run == '`lr`' or run.to_csv('{mark}')
-@table.to_csv('{mark}')
 run.to_pickle('{mark}') == 1
 run.to_json('{mark}') == 1
 """.strip().splitlines()
