@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOB', 'HEARTBEAT_GRACE', 'TIME_FOR_WANDB', 'TEMPORARY_FAILURE', 'PACKAGES', 'MOST_BYTES', 'STAGES', 'OF_A_RUN',
-           'MOST_FOLDERS', 'FIRST', 'TAKEN', 'OWN', 'announce_stop', 'package_versions', 'code_version', 'hardware',
-           'now', 'read_json', 'write_json', 'is_running', 'Attempt', 'RunRecord', 'read_metrics', 'plot_metrics',
-           'read_records', 'runs', 'compare', 'best', 'prune', 'plot_runs', 'wandb_mode', 'wandb_logger', 'end_wandb']
+           'MOST_FOLDERS', 'FIRST', 'TAKEN', 'NESTED', 'OWN', 'announce_stop', 'package_versions', 'code_version',
+           'hardware', 'now', 'read_json', 'write_json', 'is_running', 'Attempt', 'RunRecord', 'read_metrics',
+           'plot_metrics', 'read_records', 'runs', 'compare', 'best', 'prune', 'plot_runs', 'wandb_mode',
+           'wandb_logger', 'end_wandb']
 
 # %% ../nbs/09_track.ipynb #f281d8ec
 import json
@@ -97,17 +98,21 @@ def read_json(
     "Read a JSON file. Raises `FileNotFoundError`, and `ValueError` for what is no file, too large or damaged; it never waits for a pipe."
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise ValueError(f"{path} is no file.")
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"{path} has more than {MOST_BYTES // 10**6} MB: it is no record.")
+            if found.st_size > MOST_BYTES:
+                raise ValueError(f"{path} has more than {MOST_BYTES // 10**6} MB: it is no record.")
+            content = file.read(found.st_size)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"there is no {path}.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     try:
-        return json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
+        if b"\\ud" in content.lower():  # halves of a character, which no table takes, are written so
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError(f"{path} is damaged: it is nested too deeply.") from None
     except ValueError as error:
@@ -466,6 +471,7 @@ def _found(root: str | Path) -> list[tuple[RunRecord, dict[str, dict[str, Any]]]
 # %% ../nbs/09_track.ipynb #782486c7
 FIRST = "run task mode status started epoch step best_score".split()  # the columns that a reader wants first
 TAKEN = "monitor monitor_mode strategy optimizer world_size".split()  # from the settings and what was resolved
+NESTED = (dict, list)
 OWN = (*FIRST, "ended", "tags", *TAKEN)  # the columns that are the catalogue's own
 
 
@@ -477,20 +483,17 @@ def _parts(record: RunRecord) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is no {kind.__name__}.")
         return value
 
-    plain = {name: value for name, value in record.settings.items() if not isinstance(value, dict | list)}
-    resolved = {name: value for name, value in record.resolved.items() if name in TAKEN[2:] and isinstance(value, str | int)}
+    plain = {name: value for name, value in record.settings.items() if not isinstance(value, NESTED)}
+    resolved = {name: value for name, value in record.resolved.items() if name in TAKEN[2:] and isinstance(value, (str, int))}
     own = {name: getattr(record, name) for name in ("mode", "started", "ended", "epoch", "step", "best_score")}
     own |= {name: plain.pop(name) for name in (*TAKEN, "tags") if name in plain} | resolved
     own |= {"run": str(record.folder), "status": record.state, "tags": ",".join(get("tags", list, []))}
     own["task"] = "-".join(get(part, str, "").rpartition(":")[2] for part in ("data", "model"))
+    own["run"].encode()  # raises where the folder's name is no Unicode
     parts = {"": own, "metrics": record.metrics, "settings": plain}
     for group in ("model_args", "data_args"):
         values = get(group, dict, {})
-        parts[group] = {name: str(value) if isinstance(value, dict | list) else value for name, value in values.items()}
-    try:
-        "".join(text for part in parts.values() for item in part.items() for text in item if isinstance(text, str)).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{record.path} is damaged: it holds, or its folder's name is, a text that is no Unicode.") from None
+        parts[group] = {name: str(value) if isinstance(value, NESTED) else value for name, value in values.items()}
     return parts
 
 

@@ -63,8 +63,8 @@ RECORDS = {  # name: (what run.json holds, what the warning says)
     "epoch infinite": ('{"epoch": 1e999}', "epoch"),
     "earlier a number": ('{"earlier": 3}', "earlier"),
     "wandb a text": ('{"wandb": "on"}', "wandb"),
-    "half a surrogate in a setting": (with_settings(note="\ud800"), "no Unicode"),
-    "half a surrogate in a name": (with_settings(**{"\ud800": 1}), "no Unicode"),
+    "half a surrogate in a setting": (with_settings(note="\ud800"), "surrogates not allowed"),
+    "half a surrogate in a name": (with_settings(**{"\ud800": 1}), "surrogates not allowed"),
     "tags null": (with_settings(tags=None), "settings.tags is None"),
     "tags a text": (with_settings(tags="a,b"), "settings.tags is a,b"),
     "tags of numbers": (with_settings(tags=[1]), "sequence item 0"),
@@ -243,7 +243,7 @@ def test_a_folder_whose_name_is_no_unicode_is_one_warning(tmp_path):
     good(tmp_path)
     bad = Path(os.fsdecode(os.fsencode(tmp_path / "bad") + b"\xff"))
     shutil.copytree(tmp_path / "good", bad)
-    check_that_the_others_are_served(tmp_path, bad, "no Unicode")
+    check_that_the_others_are_served(tmp_path, bad, "surrogates not allowed")
 
 
 @pytest.mark.parametrize("content", ["{}", "", "[]", json.dumps({"status": "finished", "settings": SETTINGS, "best_score": 0.1})])
