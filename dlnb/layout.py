@@ -7,8 +7,8 @@ __all__ = ['Parts', 'States', 'Weight', 'Layout', 'read_optimizer_states', 'chec
            'model_states_file', 'read_layout']
 
 # %% ../nbs/06_layout.ipynb #a7958461
-import json
 import math
+import os
 import re
 import struct
 import warnings
@@ -16,11 +16,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-from .archive import ITEM_SIZES, Foreign, Piece, StoredTensor, read_archive
+from .archive import ITEM_SIZES, Foreign, Piece, StoredTensor, checked_shape, read_archive
+from .files import JSON_SIZE, open_regular, parse_json, read_json, shown
 
 # %% ../nbs/06_layout.ipynb #3e1030e0
 @dataclass(frozen=True)
@@ -50,11 +51,22 @@ class Layout:
 
 
 def _stored(tensor: StoredTensor) -> Weight:
-    "A tensor that stands in one file. Raises `ValueError` for a dtype that safetensors does not have."
+    "A tensor that stands in one file. Raises `ValueError` for a dtype that safetensors does not have, and where it is not there."
     tensor.check_dtype()
     if tensor.is_contiguous:
-        return Weight(tensor.dtype, tensor.shape, lambda: iter([tensor.piece()]))
+        return Weight(tensor.dtype, tensor.shape, partial(iter, [tensor.piece()]))
+    tensor.span()
     return Weight(tensor.dtype, tensor.shape, lambda: iter(()), strided=tensor)
+
+
+def _check_name(name: Any) -> None:
+    "Raise `ValueError` for a name that a header of safetensors cannot have."
+    try:
+        valid = name != "__metadata__" and name.encode() is not None
+    except (AttributeError, UnicodeEncodeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{shown(name)} cannot be a tensor's name")
 
 
 def _place(tensor: StoredTensor) -> tuple:
@@ -71,6 +83,7 @@ def _stored_layout(tensors: dict[str, Any], values: dict[str, Any]) -> Layout:
             raise ValueError(f"{name} is a tensor of a kind that safetensors does not have: {tensor.origin}.")
         if not isinstance(tensor, StoredTensor):
             continue
+        _check_name(name)
         if tensor.size and _place(tensor) in first:
             tied[name] = first[_place(tensor)]
         else:
@@ -79,44 +92,98 @@ def _stored_layout(tensors: dict[str, Any], values: dict[str, Any]) -> Layout:
     return Layout(weights, tied, values)
 
 # %% ../nbs/06_layout.ipynb #5e5a8a74
+def _with_name(path: Path, error: ValueError) -> ValueError:
+    "The same error, with the file's name."
+    return error if str(path) in str(error) else ValueError(f"{path}: {error}")
+
+
 def _read_torch_file(path: Path) -> Layout:
     values = read_archive(path)
-    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-        return _stored_layout(values["state_dict"], values)
-    if isinstance(values, dict) and values and all(isinstance(value, StoredTensor) for value in values.values()):
-        return _stored_layout(values, {})
+    try:
+        if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
+            return _stored_layout(values["state_dict"], values)
+        if isinstance(values, dict) and values and all(isinstance(value, StoredTensor) for value in values.values()):
+            return _stored_layout(values, {})
+    except ValueError as error:
+        raise _with_name(path, error) from error
     raise ValueError(f"{path} is no checkpoint of weights: it holds no 'state_dict', nor tensors by name.")
 
 # %% ../nbs/06_layout.ipynb #7acbd676
 def _read_safetensors(path: Path) -> Layout:
-    total = path.stat().st_size
+    with open_regular(path) as file:
+        total = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        begin = 8 + int.from_bytes(start, "little")
+        content = file.read(begin - 8) if begin <= total and begin - 8 <= JSON_SIZE else b""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if 8 + length > total:
-                raise ValueError("its header is not all there")
-            header = json.loads(file.read(length))
-        tied = {name: to for name, to in header.pop("__metadata__", {}).items() if to in header}
-        weights = {}
+        if len(start) < 8 or begin > total:
+            raise ValueError("its header is not all there")
+        if begin - 8 > JSON_SIZE:
+            raise ValueError(f"its header has more than {JSON_SIZE:,} bytes")
+        header = parse_json(content)
+        metadata = header.pop("__metadata__", None) or {}
+        places = sorted((_checked_place(name, entry), name) for name, entry in header.items())
+        weights, end = {}, 0
+        for (first, last), name in places:
+            if first != end:
+                raise ValueError(f"the bytes of {shown(name)} overlap others, or leave a gap")
+            if begin + (end := last) > total:
+                raise ValueError(f"the bytes of {shown(name)} are not all there")
+        if begin + end != total:
+            raise ValueError(f"its tensors have {end} bytes, and {total - begin} are there")
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            piece = Piece(path, 8 + length + begin, end - begin)
+            first, last = entry["data_offsets"]
+            piece = Piece(path, begin + first, last - first)
             weights[name] = Weight(entry["dtype"], tuple(entry["shape"]), partial(iter, [piece]))
-            if weights[name].size != piece.size or piece.offset + piece.size > total:
-                raise ValueError(f"the bytes of {name} are not all there")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        tied = {name: to for name, to in metadata.items() if name != "format" and name not in weights and to in weights}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is cut off, damaged, or no safetensors file ({error}).") from error
     return Layout(weights, tied)
 
 
+def _checked_place(name: str, entry: Any) -> list[int]:
+    "Where a tensor's bytes begin and end. Raises `ValueError` unless they are as many as its dtype and shape say."
+    _check_name(name)
+    first, last = offsets = entry["data_offsets"]
+    if type(entry["dtype"]) is not str or entry["dtype"] not in ITEM_SIZES:
+        raise ValueError(f"{shown(name)} is of dtype {shown(entry['dtype'])}, which is not known")
+    if not (type(first) is int and type(last) is int and 0 <= first <= last):
+        raise ValueError(f"the bytes of {shown(name)} are not at a place")
+    if math.prod(checked_shape(entry["shape"])) * ITEM_SIZES[entry["dtype"]] != last - first:
+        raise ValueError(f"the bytes of {shown(name)} are not all there: its shape has another size")
+    return offsets
+
+# %% ../nbs/06_layout.ipynb #45143e3c
 def _read_index(path: Path) -> Layout:
     try:
-        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        index = read_json(path)
+        where = index["weight_map"]
+        for file in {*where.values()}:
+            if Path(file).name != file or not file.endswith(".safetensors") or "\\" in file or "\0" in file:
+                raise ValueError(f"it names {shown(file)}, which is no safetensors file beside it")
+            if not (path.parent / file).exists():
+                raise ValueError(f"it names {file}, which is missing")
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no index of safetensors files: it has no weight_map.") from error
-    layouts = [_read_safetensors(path.parent / file) for file in files]
-    weights = {name: weight for layout in layouts for name, weight in layout.weights.items()}
-    return Layout(weights, {name: to for layout in layouts for name, to in layout.tied.items()})
+    except ValueError as error:
+        raise _with_name(path, error) from error
+    shards = {file: _read_safetensors(path.parent / file) for file in sorted({*where.values()})}
+    _check_index(path, where, shards)
+    weights = {name: weight for shard in shards.values() for name, weight in shard.weights.items()}
+    tied = {name: to for shard in shards.values() for name, to in shard.tied.items() if name not in weights}
+    return Layout(weights, tied)
+
+
+def _check_index(path: Path, where: dict[str, str], shards: dict[str, Layout]) -> None:
+    "Raise `ValueError` unless every weight is where the index says, and nowhere else."
+    for name, file in where.items():
+        if name not in shards[file].weights and name not in shards[file].tied:
+            raise ValueError(f"{path} has {shown(name)} in {file}, and it is not there.")
+    owners: dict[str, str] = {}
+    for file, shard in shards.items():
+        for name in shard.weights:
+            if owners.setdefault(name, file) != file:
+                raise ValueError(f"{path}: {shown(name)} is both in {owners[name]} and in {file}.")
 
 # %% ../nbs/06_layout.ipynb #02f8ea88
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -143,8 +210,10 @@ def _shards(folder: Path, pattern: re.Pattern) -> list[Path]:
 def _check_ranks(folder: Path, paths: Sequence[Path], world_size: int, pattern: re.Pattern) -> None:
     "Raise `ValueError` unless there is exactly one file for each of the ranks that saved."
     ranks = [int(pattern.fullmatch(path.name)[1] or 0) for path in paths]
-    if missing := sorted(set(range(world_size)) - set(ranks)):
-        name = re.sub(r"pp_rank_\d+", f"pp_rank_{missing[0]}", paths[0].name)
+    if type(world_size) is not int or world_size < 1:
+        raise ValueError(f"{folder} was saved by {shown(world_size)} ranks, as its shards say, which cannot be.")
+    if (missing := next(rank for rank in count() if rank not in ranks)) < world_size:
+        name = re.sub(r"pp_rank_\d+", f"pp_rank_{missing}", paths[0].name)
         raise ValueError(
             f"{folder}: {name} is missing; {world_size} ranks saved, and {len(ranks)} of their files are here."
         )
@@ -156,9 +225,8 @@ def _scalar(value: Any) -> float | None:
     "A number, also where it was saved as a tensor of one float32 element."
     if isinstance(value, StoredTensor) and value.size == 1 and value.dtype == "F32":
         piece = value.piece()
-        with piece.path.open("rb") as file:
-            file.seek(piece.offset)
-            return struct.unpack("<f", file.read(4))[0]
+        with open_regular(piece.path) as file:
+            return struct.unpack("<f", os.pread(file.fileno(), 4, piece.offset))[0]
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -190,8 +258,8 @@ def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
     otherwise = "is no shard of a ZeRO checkpoint: it has no optimizer_state_dict."
     shards = [_read_states(path, "optimizer_state_dict", otherwise) for path in paths]
     first, *others = [shard["optimizer_state_dict"] for shard in shards]
-    count = first.get("partition_count", len(paths))
-    _check_ranks(folder, paths, max(count) if isinstance(count, list) else count, _OPTIMIZER)
+    ranks = first.get("partition_count", len(paths))
+    _check_ranks(folder, paths, max(ranks) if isinstance(ranks, list) else ranks, _OPTIMIZER)
     expected = _progress(first)
     for path, optimizer in zip(paths[1:], others):
         if not _agree(_progress(optimizer), expected):
@@ -204,6 +272,8 @@ class _Vector:
 
     def __init__(self, tensors: Sequence[StoredTensor]):
         self.dtype = tensors[0].dtype if tensors else "F32"
+        if any(tensor.dtype != self.dtype for tensor in tensors):
+            raise ValueError(f"{tensors[0].archive.path}: tensors of one vector are of several dtypes.")
         self.parts = [tensor.piece() for tensor in tensors]
         self.ends = list(accumulate(tensor.size for tensor in tensors))
         self.size = self.ends[-1] if self.ends else 0  # elements
@@ -225,14 +295,16 @@ Parts = list[list[StoredTensor]]  # a list a rank, in it a flat tensor a group
 def _flat_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> dict[str, Weight]:
     weights, ranks = {}, len(parts)
     paddings = optimizer.get("param_alignment_paddings") or [[0] * len(shapes) for shapes in model["param_shapes"]]
+    if [len(shapes) for shapes in model["param_shapes"]] != [len(padding) for padding in paddings]:
+        raise ValueError(f"{folder}: its shards have paddings for other parameters than its model states.")
     for index, (shapes, padding) in enumerate(zip(model["param_shapes"], paddings, strict=True)):
-        vector, offset = _Vector([part[index] for part in parts]), 0
+        vector, offset, last = _Vector([part[index] for part in parts]), 0, 0
         for (name, shape), after in zip(shapes.items(), padding, strict=True):
-            end = offset + math.prod(shape)
+            last = end = offset + math.prod(checked_shape(shape))
             weights[name] = Weight(vector.dtype, tuple(shape), partial(vector.cut, offset, end))
-            offset = end + after
+            offset = end + checked_shape([after])[0]
         align = 2 * ranks  # as in DeepSpeed's own check: what is missing or left is less than this
-        if math.ceil(offset / align) != math.ceil(vector.size / align):
+        if -(-offset // align) != -(-vector.size // align) or last > vector.size:
             raise ValueError(
                 f"{folder}: the shards hold {vector.size} elements of parameter group {index}, and its parameters have {offset}."
             )
@@ -241,12 +313,16 @@ def _flat_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> d
 # %% ../nbs/06_layout.ipynb #7a0c1569
 def _share(shape: Sequence[int], ranks: int) -> int:
     "Elements of a parameter that each rank has, the last with padding."
-    return math.ceil(math.prod(shape) / ranks)
+    return -(-math.prod(checked_shape(shape)) // ranks)
 
 
 def _cut_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> Weight:
     "A parameter of which each rank has its share from `offset` on."
     size, length = math.prod(shape), _share(shape, len(parts))
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError("its ranks' shards are of several dtypes")
+    if any(part.size < offset + min(length, max(0, size - rank * length)) for rank, part in enumerate(parts)):
+        raise ValueError(f"its ranks' shards hold fewer elements than a parameter of shape {tuple(shape)} has")
 
     def pieces() -> Iterator[Piece]:
         for rank, part in enumerate(parts):
@@ -258,15 +334,16 @@ def _cut_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> 
 def _cut_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> dict[str, Weight]:
     vectors = [_Vector(part) for part in parts]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    expected = sum(_share(shape, len(vectors)) for shape in shapes.values())
+    for rank, vector in enumerate(vectors):
+        if vector.size != expected:
+            raise ValueError(
+                f"{folder}: the shard of rank {rank} holds {vector.size} elements, and should hold {expected}."
+            )
     weights, offset = {}, 0
     for name, shape in shapes.items():
         weights[name] = _cut_weight(vectors, offset, shape)
         offset += _share(shape, len(vectors))
-    for rank, vector in enumerate(vectors):
-        if vector.size != offset:
-            raise ValueError(
-                f"{folder}: the shard of rank {rank} holds {vector.size} elements, and should hold {offset}."
-            )
     return weights
 
 # %% ../nbs/06_layout.ipynb #7fa124d0
@@ -328,8 +405,12 @@ def _read_zero(folder: Path) -> Layout:
     "A folder that DeepSpeed saved, under ZeRO or without. Lightning before 2.1 put a prefix before all names."
     try:
         layout = _assemble(folder)
+        for name in layout.weights:
+            _check_name(name)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged, or of a version that is not known: {error!r} in its shards.") from error
+    except ValueError as error:
+        raise _with_name(folder, error) from error
     bare = {name: name.removeprefix("_forward_module.") for name in [*layout.weights, *layout.tied]}
     weights = {bare[name]: weight for name, weight in layout.weights.items()}
     return Layout(weights, {bare[name]: bare[to] for name, to in layout.tied.items()}, layout.values)
@@ -384,14 +465,24 @@ def read_optimizer_states(
     if checkpoint.is_file():
         values = read_archive(checkpoint)
         optimizers = values.get("optimizer_states") if isinstance(values, dict) else None
-        return _file_states(optimizers[0]["state"]) if optimizers and len(optimizers) == 1 else {}
+        return _known(checkpoint, _file_states, optimizers) if optimizers and len(optimizers) == 1 else {}
     models, optimizers = _read_all_shards(zero_folder(checkpoint))
-    return _zero_states(zero_folder(checkpoint), models[0], optimizers) if optimizers else {}
+    return _known(zero_folder(checkpoint), _zero_states, models[0], optimizers) if optimizers else {}
 
 
-def _file_states(state: dict[int, dict]) -> States:
+def _known(path: Path, read: Callable[..., States], *values: Any) -> States:
+    "Read states of a form that is known. Raises `ValueError` for another."
+    try:
+        return read(path, *values)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or of a version that is not known: {error!r} in its states.") from error
+    except ValueError as error:
+        raise _with_name(path, error) from error
+
+
+def _file_states(path: Path, optimizers: list[dict]) -> States:
     states: States = {}
-    for place, entries in state.items():
+    for place, entries in optimizers[0]["state"].items():
         for name, value in entries.items():
             states.setdefault(name, {})[place] = _scalar(value) if _is_number(value) else _stored(value)
     return states
@@ -420,14 +511,23 @@ def _zero_states(folder: Path, model: dict, optimizers: list[dict]) -> States:
 def checkpoint_of_run(folder: Path) -> Path:
     "The checkpoint of a run's folder that inference should take: the best, else the last."
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "run.json")
         names = [record.get("best_checkpoint"), record.get("last_checkpoint"), "checkpoints/last.ckpt"]
-    except (ValueError, AttributeError) as error:
+        found = [folder / name for name in names if name and (folder / name).exists()]
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'} is damaged: {error}") from error
-    found = [folder / name for name in names if name and (folder / name).exists()]
     if not found:
         raise ValueError(f"{folder} is a run without a checkpoint: its training had not saved one yet.")
     return found[0]
+
+
+def _tag(latest: Path) -> str:
+    "The name of a folder beside it. Raises `ValueError` for what is none."
+    with open_regular(latest) as file:
+        tag = file.read(1000).decode(errors="replace").strip()
+    if Path(tag).name != tag or "\0" in tag or len(tag.encode()) > 255:
+        raise ValueError(f"{latest} names {shown(tag)}, which is no folder beside it.")
+    return tag
 
 
 def zero_folder(
@@ -435,7 +535,7 @@ def zero_folder(
 ) -> Path:
     "Where the shards are: in a folder of their own, which a file `latest` names, and which Lightning calls checkpoint."
     latest = folder / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "checkpoint"
+    tag = _tag(latest) if latest.exists() else "checkpoint"
     for place in (folder / tag, folder):
         if any(place.glob("*_states.pt")):
             return place
@@ -466,11 +566,11 @@ def read_layout(
     checkpoint = Path(checkpoint)
     if not checkpoint.exists():
         raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
-    if checkpoint.is_file():
+    if not checkpoint.is_dir():
         readers = {".safetensors": _read_safetensors, ".json": _read_index}
         return readers.get(checkpoint.suffix, _read_torch_file)(checkpoint)
-    if (checkpoint / "run.json").is_file():
+    if (checkpoint / "run.json").exists():
         return read_layout(checkpoint_of_run(checkpoint))
-    if (checkpoint / ".metadata").is_file():
+    if (checkpoint / ".metadata").exists():
         return Layout({}, distributed=checkpoint)
     return _read_zero(zero_folder(checkpoint))
