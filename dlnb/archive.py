@@ -49,8 +49,9 @@ class Archive:
 
     def __init__(self, path: str | Path):
         self.path, self.members, self._begins = Path(path), {}, {}
+        opened = open_regular(self.path)
         try:
-            with _Directory(open_regular(self.path).detach()) as file, zipfile.ZipFile(file) as archive:
+            with _Directory(opened.detach()) as file, zipfile.ZipFile(file) as archive:
                 self.size = os.fstat(file.fileno()).st_size
                 for info in archive.infolist():
                     name = info.filename.partition("/")[2]
@@ -233,7 +234,7 @@ TORCH_DTYPES |= {f"{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in 
 TORCH_DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _MAPPINGS = {"OrderedDict", "defaultdict", "AttributeDict"}
 
-# %% ../nbs/05_archive.ipynb #32f65aef
+# %% ../nbs/05_archive.ipynb #114d4ece
 STEPS = 2_000_000  # instructions; a tensor and its name take about 25
 _KEYS = (str, int, float, bool, bytes, type(None), Foreign, frozenset)
 
@@ -250,6 +251,8 @@ def _checked_key(key: Any, depth: int = 2) -> Any:
 
 class Unpickler:
     "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
+
+    kinds = (dict, list, tuple, set, frozenset)  # whose content is measured
 
     def __init__(
         self,
@@ -274,7 +277,7 @@ class Unpickler:
             self.at += 1
             if code == 46:  # b"."
                 (value,) = self.stack
-                _check_tree(value, self.steps)
+                _check_tree(value, self.steps, self.kinds)
                 return value
             instructions[code](self)
         raise pickle.UnpicklingError(f"it has more than {self.steps:,} instructions")
@@ -352,7 +355,7 @@ class Unpickler:
             raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
         target.__setstate__(state)
 
-# %% ../nbs/05_archive.ipynb #5cd71b83
+# %% ../nbs/05_archive.ipynb #ce1cf2f0
 _BYTE, _SHORT, _INT, _COUNT, _LONG, _FLOAT = map(struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))
 
 
@@ -429,11 +432,11 @@ _INSTRUCTIONS: dict[int, Callable[[Unpickler], None]] = {
     }.items()
 }
 
-# %% ../nbs/05_archive.ipynb #51133a10
+# %% ../nbs/05_archive.ipynb #8e88b124
 DEPTH = 100  # lists in lists
 
 
-def _check_tree(value: Any, limit: int, kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)) -> None:
+def _check_tree(value: Any, limit: int, kinds: tuple[type, ...]) -> None:
     "Raise `UnpicklingError` for values that contain themselves, are nested too deep, or are too many when nothing is shared."
     measured: dict[int, tuple[int, int]] = {}  # size and height
 
@@ -461,7 +464,7 @@ def _items(value: Any) -> Iterable[Any]:
         return value.arguments, getattr(value, "state", None)
     return chain(value.keys(), value.values()) if isinstance(value, dict) else value
 
-# %% ../nbs/05_archive.ipynb #24cf7429
+# %% ../nbs/05_archive.ipynb #f0e165b5
 _LARGEST = (1 << 63) - 1
 
 
