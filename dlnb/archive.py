@@ -234,7 +234,7 @@ TORCH_DTYPES |= {f"{sign}int{bits}": f"{sign.upper() or 'I'}{bits}" for sign in 
 TORCH_DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _MAPPINGS = {"OrderedDict", "defaultdict", "AttributeDict"}
 
-# %% ../nbs/05_archive.ipynb #114d4ece
+# %% ../nbs/05_archive.ipynb #21c27714
 STEPS = 2_000_000  # instructions; a tensor and its name take about 25
 _KEYS = (str, int, float, bool, bytes, type(None), Foreign, frozenset)
 
@@ -270,7 +270,7 @@ class Unpickler:
 
     def load(self) -> Any:
         "The value. Raises any exception where the pickle is damaged."
-        content, instructions = self.content, _INSTRUCTIONS
+        content, instructions, stack, memo = self.content, _INSTRUCTIONS, self.stack, self.memo
         while self.left > 0:
             self.left -= 1
             code = content[self.at]
@@ -279,7 +279,12 @@ class Unpickler:
                 (value,) = self.stack
                 _check_tree(value, self.steps, self.kinds)
                 return value
-            instructions[code](self)
+            if code == 114:  # b"r" and b"j" are every second instruction
+                memo[self.number(_COUNT)] = stack[-1]
+            elif code == 106:
+                stack.append(memo[self.number(_COUNT)])
+            else:
+                instructions[code](self)
         raise pickle.UnpicklingError(f"it has more than {self.steps:,} instructions")
 
     def number(self, kind: struct.Struct) -> int | float:
@@ -328,6 +333,7 @@ class Unpickler:
         function = self.stack.pop()
         if not callable(function) or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
+        self.left -= 3  # for what it makes, which is larger than a list
         for argument in arguments:
             self.left -= len(argument) if isinstance(argument, list | tuple | set | dict) else 0  # may be copied
         self.put(function(*arguments))
@@ -355,7 +361,7 @@ class Unpickler:
             raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
         target.__setstate__(state)
 
-# %% ../nbs/05_archive.ipynb #ce1cf2f0
+# %% ../nbs/05_archive.ipynb #59db8ef5
 _BYTE, _SHORT, _INT, _COUNT, _LONG, _FLOAT = map(struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))
 
 
@@ -364,7 +370,7 @@ def _text(length: struct.Struct) -> Callable[[Unpickler], None]:
 
 
 def _number(kind: struct.Struct) -> Callable[[Unpickler], None]:
-    return lambda machine: machine.put(machine.number(kind))
+    return lambda machine: machine.stack.append(machine.number(kind))
 
 
 def _whole(length: struct.Struct) -> Callable[[Unpickler], None]:
@@ -410,7 +416,7 @@ _INSTRUCTIONS: dict[int, Callable[[Unpickler], None]] = {
         b"t": lambda machine: machine.put(tuple(machine.since_mark())),
         b"]": lambda machine: machine.put([]),
         b"}": lambda machine: machine.put({}),
-        b"\x8f": lambda machine: machine.put(set()),
+        b"\x8f": lambda machine: machine.put(set) or machine.call(()),
         b"\x91": lambda machine: machine.put(frozenset(map(_checked_key, machine.since_mark()))),
         b"a": lambda machine: machine.append([machine.stack.pop()]),
         b"e": lambda machine: machine.append(machine.since_mark()),
@@ -418,10 +424,8 @@ _INSTRUCTIONS: dict[int, Callable[[Unpickler], None]] = {
         b"u": lambda machine: machine.set(machine.since_mark()),
         b"\x90": lambda machine: machine.add(machine.since_mark()),
         b"q": lambda machine: _remember(machine, machine.number(_BYTE)),
-        b"r": lambda machine: _remember(machine, machine.number(_COUNT)),
         b"\x94": lambda machine: _remember(machine, len(machine.memo)),
         b"h": lambda machine: machine.put(machine.memo[machine.number(_BYTE)]),
-        b"j": lambda machine: machine.put(machine.memo[machine.number(_COUNT)]),
         b"c": lambda machine: machine.name(machine.line(), machine.line()),
         b"\x93": lambda machine: machine.name(machine.stack.pop(-2), machine.stack.pop()),
         b"R": lambda machine: machine.call(machine.stack.pop()),
@@ -432,7 +436,7 @@ _INSTRUCTIONS: dict[int, Callable[[Unpickler], None]] = {
     }.items()
 }
 
-# %% ../nbs/05_archive.ipynb #8e88b124
+# %% ../nbs/05_archive.ipynb #d19d660c
 DEPTH = 100  # lists in lists
 
 
@@ -464,7 +468,7 @@ def _items(value: Any) -> Iterable[Any]:
         return value.arguments, getattr(value, "state", None)
     return chain(value.keys(), value.values()) if isinstance(value, dict) else value
 
-# %% ../nbs/05_archive.ipynb #f0e165b5
+# %% ../nbs/05_archive.ipynb #2472d9f1
 _LARGEST = (1 << 63) - 1
 
 
@@ -474,7 +478,9 @@ def checked_shape(
     "A tensor's shape, or strides. Raises `ValueError` for what no tensor has."
     if not isinstance(shape, list | tuple) or len(shape) > 32 or not all(type(n) is int for n in shape):
         raise ValueError("a shape must be up to 32 integers")
-    if not all(0 <= n <= _LARGEST for n in shape) or math.prod(n for n in shape if n) > _LARGEST:
+    if not shape:
+        return ()
+    if min(shape) < 0 or max(shape) > _LARGEST or math.prod(shape if min(shape) else [n for n in shape if n]) > _LARGEST:
         raise ValueError("a shape has a size below zero, or beyond 64 bits")
     return tuple(shape)
 
