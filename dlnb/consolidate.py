@@ -10,7 +10,6 @@ import argparse
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -22,9 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .archive import ITEM_SIZES, TORCH_DTYPES, Foreign, StoredTensor, read_archive
+from .archive import ITEM_SIZES, LIMIT, TORCH_DTYPES, Foreign, StoredTensor, Unpickler, checked_shape, read_archive
 from .errors import unknown
-from .layout import Layout, Weight, read_layout
+from .files import JSON_SIZE, open_regular, read_json, shown
+from .layout import Layout, Weight, read_layout, stored
 from .transfer import CASTABLE, DTYPES, Move, arrays, move_all, new_files, put, write_cast
 
 # %% ../nbs/08_consolidate.ipynb #003a637f
@@ -58,6 +58,8 @@ def _part(path: Path, names: list[str], layout: Layout, dtype: str | None) -> _P
         header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > JSON_SIZE:
+        raise ValueError(f"{path} would have {len(names):,} tensors, more than one header holds. Give max_shard_size.")
     return _Part(path, names, struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
 
 
@@ -121,9 +123,10 @@ def _show_progress(steps: Iterator[int], size: int, name: str) -> None:
         bar.close()
 
 
-def _write(layout: Layout, out: Path, dtype: str | None, limit: int | None) -> Path:
-    "Write the result's file or files; returns the one to open, which for several is their index."
+def _write(layout: Layout, out: Path, dtype: str | None, limit: int | None, overwrite: bool = True) -> list[Path]:
+    "Write the result's file or files, which are returned; the last is the one to open, of several their index."
     parts = _parts(layout, out, dtype, limit)
+    _check_others(layout, [part.path for part in parts if part.path != out], overwrite)
     size = sum(part.size for part in parts)
     if shutil.disk_usage(out.parent).free < size:
         raise OSError(errno.ENOSPC, f"No space for {size:,} bytes", str(out))
@@ -134,7 +137,7 @@ def _write(layout: Layout, out: Path, dtype: str | None, limit: int | None) -> P
         _show_progress(chain.from_iterable(filled), size, out.name)
         if parts[1:]:
             put(_index(parts, layout), files[-1].descriptor, 0)
-    return written[-1]
+    return written
 
 # %% ../nbs/08_consolidate.ipynb #949c6af1
 _DESCRIPTIONS = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib.WindowsPath"}
@@ -148,8 +151,10 @@ _DESCRIPTIONS |= {
 }
 
 
-class _Names(pickle.Unpickler):
+class _Names(Unpickler):
     "Refuses a pickle that names anything but descriptions, and builds nothing."
+
+    kinds = (*Unpickler.kinds, Foreign)
 
     def find_class(self, module: str, name: str) -> type:
         if f"{module}.{name}" not in _DESCRIPTIONS:
@@ -159,8 +164,11 @@ class _Names(pickle.Unpickler):
 
 def _check_metadata(path: Path) -> None:
     try:
-        with path.open("rb") as file:
-            _Names(file).load()
+        with open_regular(path) as file:
+            content = file.read(LIMIT + 1)
+        if len(content) > LIMIT:
+            raise ValueError(f"it has more than {LIMIT:,} bytes")
+        _Names(content).load()
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -171,23 +179,30 @@ def _gather(folder: Path, out: Path) -> None:
     "Have torch read the weights of a distributed checkpoint into a safetensors file."
     import torch
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict  # Lightning's too: `load` joins a group
 
     _check_metadata(folder / ".metadata")
     reader = FileSystemReader(folder)
-    described = {
-        name: entry for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")
-    }
-    found = [root for root in ("model", "state_dict") if any(name.startswith(f"{root}.") for name in described)]
-    if not found:
-        raise ValueError(f"{folder} holds no weights under 'model' or 'state_dict', as Lightning saves them.")
-    entries = {name.partition(".")[2]: entry for name, entry in described.items() if name.startswith(f"{found[0]}.")}
-    dtypes = {name: str(entry.properties.dtype).removeprefix("torch.") for name, entry in entries.items()}
-    if unfit := sorted(set(dtypes.values()) - set(TORCH_DTYPES)):
-        raise ValueError(f"{folder}: tensors of {', '.join(unfit)}; safetensors knows {', '.join(TORCH_DTYPES)}.")
-    weights = {
-        name: Weight(TORCH_DTYPES[dtypes[name]], tuple(entries[name].size), lambda: iter(())) for name in entries
-    }
+    try:
+        metadata = reader.read_metadata()
+        _check_places(folder, metadata.storage_data.values())
+        described = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+        found = [root for root in ("model", "state_dict") if any(name.startswith(f"{root}.") for name in described)]
+        if not found:
+            raise ValueError(f"{folder} holds no weights under 'model' or 'state_dict', as Lightning saves them.")
+        entries = {name.partition(".")[2]: entry for name, entry in described.items() if name.startswith(f"{found[0]}.")}
+        dtypes = {name: str(entry.properties.dtype).removeprefix("torch.") for name, entry in entries.items()}
+        if unfit := sorted(set(dtypes.values()) - set(TORCH_DTYPES)):
+            raise ValueError(f"{folder}: tensors of {', '.join(unfit)}; safetensors knows {', '.join(TORCH_DTYPES)}.")
+        shapes = {name: checked_shape(list(entry.size)) for name, entry in entries.items()}
+    except ValueError:
+        raise
+    except Exception as error:  # its description is any object
+        raise ValueError(f"{folder} is damaged: its .metadata does not describe a checkpoint ({error!r}).") from error
+    weights = {name: Weight(TORCH_DTYPES[dtypes[name]], shapes[name], lambda: iter(())) for name in entries}
+    if (size := sum(weight.size for weight in weights.values())) > shutil.disk_usage(out.parent).free:
+        raise OSError(errno.ENOSPC, f"No space for {size:,} bytes", str(out))
     (part,) = _parts(Layout(weights), out, dtype=None, limit=None)
     with new_files(out) as (file,):
         put(part.header, file.descriptor, 0)
@@ -198,7 +213,22 @@ def _gather(folder: Path, out: Path) -> None:
             dtype = getattr(torch, dtypes[name])
             tensors[name] = torch.empty(0, dtype=dtype).set_(storage, position // dtype.itemsize, weights[name].shape)
             position += weights[name].size
-        _load_state_dict({found[0]: tensors}, storage_reader=reader, no_dist=True)
+        try:
+            _load_state_dict({found[0]: tensors}, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # no Exception, but a BaseException
+            causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+            raise ValueError(f"{folder} is damaged: {shown(causes)}.") from None
+
+
+def _check_places(folder: Path, places: Iterable[Any]) -> None:
+    "Raise `ValueError` unless what torch will read are plain bytes of files in the folder."
+    for place in places:
+        name = place.relative_path
+        if Path(name).name != name or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{folder}: its .metadata names {shown(name)}, which is no plain file in it.")
+        with open_regular(folder / name) as file:
+            if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{folder / name} is cut off: {place.length} bytes from {place.offset} on are needed.")
 
 
 @contextmanager
@@ -233,7 +263,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, StoredTensor):
         import torch
 
-        content = b"".join(a.tobytes() for a in arrays(Weight(value.dtype, value.shape, lambda: iter([value.piece()]))))
+        if value.size > value.extent:
+            raise TypeError("a tensor whose elements are repeated")
+        content = b"".join(array.tobytes() for array in arrays(stored(value)))
         dtypes = {name: getattr(torch, dtype) for dtype, name in TORCH_DTYPES.items()}
         return torch.frombuffer(bytearray(content), dtype=dtypes[value.dtype]).reshape(value.shape)
     if isinstance(value, Foreign):
@@ -300,11 +332,43 @@ def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
     if not out.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "There is no folder", str(out.parent))
     for path in (out, out.with_name(f"{out.name}.index.json")):
-        if path.exists() and not overwrite:
-            raise FileExistsError(
-                errno.EEXIST, "It is there already, and overwrite=True (--overwrite) was not given", str(path)
-            )
+        _check_place(path, overwrite)
     return out
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    "Raise unless a file can get this name: nothing has it, or a file that may be replaced."
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            errno.EEXIST, "It is there already, and overwrite=True (--overwrite) was not given", str(path)
+        )
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "It is there, and no file that could be replaced", str(path))
+
+
+def _check_others(layout: Layout, paths: Iterable[Path], overwrite: bool) -> None:
+    "Raise where a shard cannot be written, or would replace what it is made of."
+    for path in paths:
+        _check_place(path, overwrite)
+    _check_sources(_files_of(layout), paths)
+
+
+def _files_of(layout: Layout) -> set[Path]:
+    strided = {weight.strided.archive.path for weight in layout.weights.values() if weight.strided}
+    return strided | {piece.path for weight in layout.weights.values() for piece in weight.pieces()}
+
+
+def _check_sources(sources: Iterable[Path], targets: Iterable[Path]) -> None:
+    "Raise `ValueError` where a file would be replaced or removed that is read, by whatever name or link."
+    for target in targets:
+        for source in sources:
+            if target.exists() and source.exists() and target.samefile(source):
+                raise ValueError(
+                    f"{target} is a file of the checkpoint itself ({source}), and nothing else has these weights. Give "
+                    "another out."
+                )
 
 
 def consolidate(
@@ -329,28 +393,40 @@ def consolidate(
         )
     limit = _bytes(max_shard_size) if max_shard_size is not None else None
     out, checkpoint = _target(out, ckpt, overwrite), Path(checkpoint)
+    index = out.with_name(f"{out.name}.index.json")
+    former = _former_shards(index)
     try:
         with _readable(checkpoint, out) as layout:
             if not layout.weights:
                 raise ValueError(f"{checkpoint} holds no weights.")
-            written = _write_lightning(layout, out, dtype, checkpoint) if ckpt else _write(layout, out, dtype, limit)
+            _check_sources({checkpoint, *_files_of(layout)}, [out, index, *former])
+            if ckpt:
+                written = [_write_lightning(layout, out, dtype, checkpoint)]
+            else:
+                written = _write(layout, out, dtype, limit, overwrite)
     except OSError as error:
         if error.filename is None and error.errno:  # of a write to an open file
             raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
         raise
-    _remove_other(out, written)
-    return written
+    for path in {out, index, *former} - {*written}:  # what is left of the others would be loaded first
+        path.unlink(missing_ok=True)
+    return written[-1]
 
 
-def _remove_other(out: Path, written: Path) -> None:
-    "Where one file replaces several, or several one, what is left of the others would be loaded first."
-    index = out.with_name(f"{out.name}.index.json")
-    if written == out and index.exists():
-        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-            (out.parent / name).unlink(missing_ok=True)
-        index.unlink()
-    elif written == index:
-        out.unlink(missing_ok=True)
+def _former_shards(index: Path) -> list[Path]:
+    "The shards that this index was written with: those of its own name and number, beside it. Of any other index, none."
+    if not index.is_file() or index.is_symlink():
+        return []
+    try:
+        names = {*read_json(index)["weight_map"].values()}
+        numbered = [f"{n + 1:05}-of-{len(names):05}" for n in range(len(names))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    stem = index.name.removesuffix(".safetensors.index.json")
+    if names != {f"{stem}-{number}.safetensors" for number in numbered}:
+        return []
+    paths = [index.with_name(name) for name in sorted(names)]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 # %% ../nbs/08_consolidate.ipynb #4a32d687
 def main(

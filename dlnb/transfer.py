@@ -9,6 +9,7 @@ __all__ = ['BUFFER', 'PORTION', 'DTYPES', 'CASTABLE', 'Move', 'move_all', 'array
 import errno
 import fcntl
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .archive import ITEM_SIZES, Piece
+from .files import open_regular
 from .layout import Weight
 
 # %% ../nbs/07_transfer.ipynb #394240de
@@ -94,7 +96,7 @@ def _move(portion: list[Move]) -> int:
         opened: dict[Path, int] = {}
         for piece, target, position in portion:
             if piece.path not in opened:
-                opened[piece.path] = files.enter_context(piece.path.open("rb")).fileno()
+                opened[piece.path] = files.enter_context(open_regular(piece.path)).fileno()
             try:
                 _copy(opened[piece.path], piece.offset, target, position, piece.size)
             except EOFError:
@@ -159,10 +161,7 @@ def arrays(weight: Weight) -> Iterator[Any]:
         span = weight.strided.span()
         flat = numpy.memmap(span.path, dtype, "r", span.offset, span.size // width)
         strides = [stride * width for stride in weight.strided.strides]
-        ordered = numpy.lib.stride_tricks.as_strided(flat, weight.shape, strides, writeable=False)
-        rows = max(1, BUFFER * len(ordered) // weight.size)
-        for start in range(0, len(ordered), rows):
-            yield numpy.ascontiguousarray(ordered[start : start + rows]).reshape(-1)
+        yield from _in_order(numpy.lib.stride_tricks.as_strided(flat, weight.shape, strides, writeable=False))
         return
     for piece in weight.pieces():
         with piece.path.open("rb", buffering=0) as file:
@@ -172,6 +171,18 @@ def arrays(weight: Weight) -> Iterator[Any]:
                 if len(content) < min(BUFFER, piece.size - start):
                     raise ValueError(f"{piece.path} is cut off: it ends before byte {piece.offset + piece.size}.")
                 yield numpy.frombuffer(content, dtype)
+
+
+def _in_order(values: Any) -> Iterator[Any]:
+    "An array's elements in order, some rows at a time, or where a row is too long its rows."
+    import numpy
+
+    rows = BUFFER * len(values) // values.nbytes
+    for start in range(0, len(values), max(rows, 1)):
+        if rows or values.ndim == 1:
+            yield numpy.ascontiguousarray(values[start : start + max(rows, 1)]).reshape(-1)
+        else:
+            yield from _in_order(values[start])
 
 
 def write_cast(weight: Weight, dtype: str, target: int, position: int) -> Iterator[int]:
@@ -198,7 +209,11 @@ class NewFile:
 
     def __init__(self, path: Path):
         self.path, self.temporary = path, path.with_name(f".{path.name}.new")
-        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        found = os.fstat(self.descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # it would be written through to somewhere else
+            os.close(self.descriptor)
+            raise FileExistsError(errno.EEXIST, "It is in the way, and no file that was left here", str(self.temporary))
         if not self._is_locked():
             os.close(self.descriptor)
             raise FileExistsError(errno.EEXIST, "Another process is writing this file", str(path))
