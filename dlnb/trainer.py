@@ -28,7 +28,7 @@ from torch.distributed import TCPStore
 
 from .callbacks import CheckBatches, CheckMonitor, LoadWeights, Pruned, ReportProgress
 from .callbacks import RunRecorder, StopTogether, progress_bar
-from .checkpoint import Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
+from .checkpoint import Found, Manifest, examine, find_checkpoint, read_manifest, tidy
 from .config import RunConfig
 from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
@@ -37,10 +37,11 @@ from .layout import read_layout
 from .optim import provide_optimizers
 from .plots import confusion_matrix
 from .predictions import PredictionWriter, merge_predictions
-from .reshape import ContinueFrom
+from .reshape import ContinueFrom, check_plain
 from .resume import AtomicCheckpoint, ExactResume
 from .strategy import build_strategy
 from .track import RunRecord, end_wandb, wandb_logger, write_json
+from .trust import key_file
 from .weights import check_weights, inference_config
 
 # %% ../nbs/17_trainer.ipynb #7232c30c
@@ -231,7 +232,7 @@ def _find_given(config: RunConfig) -> Found:
         raise ValueError(
             f"resume={config.resume!r} holds weights, but not where a training was: give a checkpoint of Lightning or DeepSpeed."
         )
-    return Found(path, read_manifest(path) and check_files(path), [])
+    return examine(path) if read_manifest(path) else Found(path, None, [])
 
 
 def _check_more_to_train(config: RunConfig, found: Found) -> None:
@@ -363,6 +364,8 @@ def _announce(start: Found | None) -> None:
         print(damaged)
     if start:
         print(f"Going on from {start.path}" + (f": {start.manifest.place}" if start.manifest else ""))
+    if start and start.manifest and not start.own:
+        print(f"It bears no mark of the key {key_file()}, so that plain values alone are read from it.")
 
 
 def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, start: Found | None) -> None:
@@ -370,10 +373,10 @@ def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, 
     if start is None:
         return
     callback = next(callback for callback in trainer.callbacks if isinstance(callback, ContinueFrom))
-    callback.checkpoint = start.path
+    callback.checkpoint, callback.weights_only = start.path, not start.own
+    if not start.own:
+        check_plain(start.path)
     if start.path.is_relative_to(record.folder):
-        # It may hold any object that the model saved; one from elsewhere must not run code.
-        callback.weights_only = False
         return
     record.resumed_from = str(start.path)
     layout = read_layout(start.path)
