@@ -32,13 +32,16 @@ def key_file() -> Path:
 
 def _read_key(path: Path) -> bytes:
     "Raises `OSError` where there is none, and `ValueError` for one that others may know or may have put there."
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        state = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode) or state.st_uid not in (os.geteuid(), 0):
             raise ValueError("it is no file of this user's own")
         if state.st_mode & 0o027:
             raise ValueError(f"its mode is {stat.S_IMODE(state.st_mode):04o}, so that others may read or write it; chmod 600")
-        key = file.read(KEY_SIZE + 1)
+        key = os.read(descriptor, KEY_SIZE + 1)
+    finally:
+        os.close(descriptor)
     if len(key) != KEY_SIZE:
         raise ValueError(f"it is not of {KEY_SIZE} bytes; `head -c {KEY_SIZE} /dev/urandom` makes them")
     return key
