@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_DEVICES', 'LARGEST', 'LONGEST_NAME', 'LONGEST_ROOT', 'UNHASHED', 'PRECISIONS', 'PRECISION_ALIASES', 'Dictionary',
-           'Devices', 'Words', 'load_class', 'load_function', 'complete_arguments', 'read_text', 'short_hash',
-           'RunConfig', 'apply_params']
+           'Devices', 'Words', 'SEARCHED', 'SEARCHED_ARGUMENTS', 'load_class', 'load_function', 'complete_arguments',
+           'read_text', 'short_hash', 'RunConfig', 'check_searched', 'apply_params']
 
 # %% ../nbs/04_config.ipynb #0fa2a2b8
 import hashlib
@@ -592,16 +592,36 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
             raise ValueError(unknown("trainer_args", name, known - set(RunConfig.model_fields)))
 
 # %% ../nbs/04_config.ipynb #4e943b5b
+SEARCHED = frozenset(  # what a search may vary; the settings that say what runs, where and under which name are the user's alone
+    "strategy precision max_epochs max_steps batch_size accumulate_grad_batches gradient_clip_val gradient_clip_algorithm "
+    "optimizer lr weight_decay warmup_ratio eta_min_ratio patience min_delta seed".split()
+)
+SEARCHED_ARGUMENTS = ("model_args", "data_args", "trainer_args")  # one by one, as `model_args.NAME`
+
+
+def check_searched(
+    field: str,  # for the error's sentence
+    name: str,  # of a parameter: a setting, or `model_args.NAME`
+) -> None:
+    "Raise `ValueError` for what a search may not vary, nor a best_params.json name."
+    setting, _, argument = name.partition(".")
+    if argument.isidentifier() and setting in SEARCHED_ARGUMENTS or not argument and name in SEARCHED:
+        return
+    choices = [*SEARCHED, *(f"{arguments}.NAME" for arguments in SEARCHED_ARGUMENTS)]
+    if setting in RunConfig.model_fields:
+        raise ValueError(f"{field}: {name} is not for a search to set; give it yourself. Choices: {', '.join(sorted(choices))}.")
+    raise ValueError(f"{field}: {unknown('parameter', name, choices)}")
+
+
 def apply_params(
     values: Mapping[str, Any],  # settings
     params: Mapping[str, Any],  # of a study: a setting's name, or `model_args.NAME` or `data_args.NAME`, to its value
 ) -> dict[str, Any]:
-    "Settings with a study's parameters in place of their own. Raises `ValueError` for one that is no setting."
+    "Settings with a study's parameters in place of their own. Raises `ValueError` for one that a search may not vary."
     values = dict(values)
     for name, value in params.items():
+        check_searched("params", name)
         field, _, argument = name.partition(".")
-        if field not in RunConfig.model_fields:
-            raise ValueError(unknown("parameter", name, RunConfig.model_fields))
         values[field] = _dictionary(values.get(field)) | {argument: value} if argument else value
     return values
 
@@ -610,8 +630,8 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     if not (path := values.get("best_params")):
         return values
     try:
-        params = json.loads(Path(path).read_text(encoding="utf-8"))["params"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        params = _dictionary(json.loads(Path(path).read_text(encoding="utf-8"))["params"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
     try:
         return apply_params(values, params)

@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 
 from .callbacks import CheckBatches, CheckLengths, CheckLoss, CheckMonitor, LoadWeights, Pruned, ReportProgress
 from .callbacks import RunRecorder, StopTogether, progress_bar
-from .checkpoint import UNFINISHED, Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
+from .checkpoint import UNFINISHED, Found, Manifest, examine, find_checkpoint, read_manifest, tidy
 from .config import RunConfig, short_hash
 from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
@@ -39,10 +39,11 @@ from .optim import provide_optimizers
 from .plots import confusion_matrix
 from .predictions import PredictionWriter, merge_predictions
 from .provenance import Fingerprint, changed, is_same_class, named, remember, source_hashes
-from .reshape import ContinueFrom
+from .reshape import ContinueFrom, check_plain
 from .resume import AtomicCheckpoint, ExactResume
 from .strategy import build_strategy
 from .track import RunRecord, end_wandb, package_versions, wandb_logger, write_json
+from .trust import key_file
 from .weights import check_weights, find_weights, inference_config
 
 # %% ../nbs/17_trainer.ipynb #7232c30c
@@ -301,7 +302,7 @@ def _find_given(config: RunConfig) -> Found:
         raise ValueError(
             f"resume={config.resume!r} holds weights, but not where a training was: give a checkpoint of Lightning or DeepSpeed."
         )
-    return Found(path, read_manifest(path) and check_files(path), [])
+    return examine(path) if read_manifest(path) else Found(path, None, [])
 
 
 def _check_more_to_train(config: RunConfig, found: Found) -> None:
@@ -467,6 +468,8 @@ def _announce(start: Found | None, record: RunRecord) -> None:
         print(f"Going on from {start.path}" + (f": {start.manifest.place}" if start.manifest else ""))
         for line in _differences(start.manifest, record.sources) if start.manifest else ():
             print(line)
+    if start and start.manifest and not start.own:
+        print(f"It bears no mark of the key {key_file()}, so that plain values alone are read from it.")
 
 
 def _differences(saved: Manifest | RunRecord, sources: dict[str, str]) -> list[str]:
@@ -486,15 +489,14 @@ def _continue_from(trainer: Trainer, record: RunRecord, model: LightningModule, 
     if start is None:
         return
     callback = next(callback for callback in trainer.callbacks if isinstance(callback, ContinueFrom))
-    callback.checkpoint = start.path
+    callback.checkpoint, callback.weights_only = start.path, not start.own
     next(callback for callback in trainer.callbacks if isinstance(callback, CheckLengths)).manifest = start.manifest
-    if start.path.is_relative_to(record.folder):
-        # It may hold any object that the model saved; one from elsewhere must not run code.
-        callback.weights_only = False
-        if not (start.manifest and changed(start.manifest.sources, record.sources)):
-            return  # what this source has saved fits it
-    else:
+    if not start.own:
+        check_plain(start.path)
+    if not start.path.is_relative_to(record.folder):
         record.resumed_from = str(start.path)
+    elif start.own and not (start.manifest and changed(start.manifest.sources, record.sources)):
+        return  # what this source has saved fits it
     layout = read_layout(start.path)
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, start.path)

@@ -20,9 +20,10 @@ INFER = TRAIN.with_name("infer.ipynb")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def environment():
+def environment(tmp_path_factory):
     "Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way."
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    os.environ["DLNB_KEY"] = str(tmp_path_factory.mktemp("installation") / "key")
 
 
 def write_notebook(path: Path, *cells: str) -> Path:

@@ -34,8 +34,8 @@ class Training:
         environment = os.environ | {"TRACE": str(root / "trace")} | environment
         command = [sys.executable, TRACED, json.dumps(settings)]
         self.done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        (record,) = root.rglob("run.json")
-        self.folder, self.record = record.parent, json.loads(record.read_text())
+        for record in root.rglob("run.json"):  # none where it was refused before it began
+            self.folder, self.record = record.parent, json.loads(record.read_text())
         lines = [line for path in (root / "trace").iterdir() for line in path.read_text().splitlines()]
         self.batches = [json.loads(line)[1:] for line in lines]  # epoch, step, samples
 
