@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from .archive import read_archive
+from .files import read_json
 from .track import write_json
 from .trust import digest, is_marked, is_marked_archive, mark_archive, marked
 
@@ -43,14 +44,14 @@ class Manifest(BaseModel):
     "What a checkpoint is of."
 
     format: int = FORMAT
-    step: int  # optimizer steps
-    epoch: int  # epochs that were finished
-    batch: int = 0  # batches of a rank that were trained in the epoch after them
-    world_size: int = 1
-    batch_size: int | None = None  # samples a rank, where the data tells
-    accumulate_grad_batches: int = 1
+    step: int = Field(ge=0)  # optimizer steps
+    epoch: int = Field(ge=0)  # epochs that were finished
+    batch: int = Field(0, ge=0)  # batches of a rank that were trained in the epoch after them
+    world_size: int = Field(1, ge=1)
+    batch_size: int | None = Field(None, ge=1)  # samples a rank, where the data tells
+    accumulate_grad_batches: int = Field(1, ge=1)
     strategy: str = ""  # the class of Lightning's strategy
-    zero_stage: int = 0
+    zero_stage: int = Field(0, ge=0, le=3)
     optimizer: str = ""  # as `dlnb.optim.describe_optimizer` says it
     identity: str | None = None  # the hash of the settings
     versions: dict[str, str] = {}
@@ -73,18 +74,21 @@ def read_manifest(
     if path.is_dir():
         if not (path / "manifest.json").is_file():
             return None
-        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        content = read_json(path / "manifest.json")
     else:
         content = read_archive(path)
         content = content.get(KEY) if isinstance(content, dict) else None
         if content is None:
             return None
-    if isinstance(content, dict) and content.get("format", 0) > FORMAT:
-        raise ValueError(f"{path} was written by a newer dlnb, in format {content['format']}; this one reads {FORMAT}.")
+    written = content.get("format", 0) if isinstance(content, dict) else 0
+    if isinstance(written, int) and written > FORMAT:
+        raise ValueError(f"{path} was written by a newer dlnb, in format {written}; this one reads {FORMAT}.")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{path}: its manifest is damaged: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: its manifest is damaged: {place}: {first['msg']}.") from error
 
 # %% ../nbs/11_checkpoint.ipynb #85247f43
 def _crc32(path: Path, portion: int = 1 << 22) -> int:

@@ -38,6 +38,7 @@ JSON_VALUES = 2_000_000
 
 def parse_json(
     content: bytes,  # UTF-8
+    allow_nan: bool = False,  # the NaN and Infinity of Python's own writer
 ) -> Any:
     "Parse JSON in bounded memory. Raises `ValueError`, without a file's name, for what is none, too large, too deep or ambiguous."
     if len(content) > JSON_SIZE:
@@ -46,7 +47,10 @@ def parse_json(
         raise ValueError(f"it has more than {JSON_VALUES:,} values")
     text = content.decode("utf-8")
     try:
-        return json.loads(text, object_pairs_hook=_members, parse_constant=_no_number)
+        value = json.loads(text, object_pairs_hook=_members, parse_constant=float if allow_nan else _no_number)
+        if b"\\ud" in content.lower():  # halves of a character, which no text can hold, are written so
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -66,11 +70,12 @@ def _no_number(name: str) -> None:
 
 def read_json(
     path: str | Path,  # of a regular file
+    allow_nan: bool = False,  # as for `parse_json`
 ) -> Any:
     "Read a file of JSON as `parse_json` does. Raises `ValueError` with the file's name, and `OSError` where it cannot be read."
     with open_regular(path) as file:
         content = file.read(JSON_SIZE + 1)
     try:
-        return parse_json(content)
+        return parse_json(content, allow_nan)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no JSON: {error}.") from error

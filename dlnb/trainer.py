@@ -352,8 +352,13 @@ def is_finished(record: RunRecord, config: RunConfig) -> bool:
     "Whether the run has ended, and these settings ask for no more of it."
     if record.status != "finished":
         return False
-    limits = [(getattr(config, name), record.settings[name]) for name in ("max_epochs", "max_steps")]
-    return not any(_beyond(now, before) for now, before in limits)
+    return not any(_beyond(getattr(config, name), _limit(record, name)) for name in ("max_epochs", "max_steps"))
+
+
+def _limit(record: RunRecord, name: str) -> int:
+    if type(value := record.settings.get(name)) is not int:
+        raise ValueError(f"{record.path} is damaged: it has the setting {name}={value!r}, which is no number.")
+    return value
 
 
 def _check_unchanged(record: RunRecord, sources: dict[str, str]) -> None:

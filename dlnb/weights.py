@@ -69,13 +69,13 @@ def inference_config(
         if name not in INFERENCE:
             raise ValueError(unknown("setting", name, INFERENCE))
     given = {name: value for name, value in settings.items() if value is not None}
-    kept = {name: source.record.settings[name] for name in _OF_THE_RUN} if source.record else {}
+    kept = {name: value for name, value in source.record.settings.items() if name in _OF_THE_RUN} if source.record else {}
     for part in ("model", "data"):
         if part in given and given[part] != kept.get(part):
             kept.pop(f"{part}_args", None)  # another class's
         if part not in given | kept:
             raise ValueError(
-                f"run={str(run)!r} has no run.json to tell its {part}. Give {part}, and {part}_args if it has any."
+                f"run={str(run)!r} has no run.json that tells its {part}. Give {part}, and {part}_args if it has any."
             )
     config = RunConfig(**kept | given, resume=str(source.weights))
     if config.strategy.startswith(("deepspeed", "fsdp")):

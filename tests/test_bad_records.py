@@ -45,7 +45,7 @@ RECORDS = {  # name: (what run.json holds, what the warning says)
     "a pickle": (b"\x80\x04\x95\x0b\x00\x00\x00", "utf-8"),
     "deep lists": ('{"settings": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "nested too deeply"),
     "deep dictionaries": ('{"a": ' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
-    "17 MB": ('{"error": "' + "x" * 17_000_000 + '"}', "more than 16 MB"),
+    "34 MB": ('{"error": "' + "x" * 34_000_000 + '"}', "more than 33,554,432 bytes"),
     "a number of many digits": ('{"step": ' + "9" * 5000 + "}", "is damaged"),
     "two records": ("{}{}", "is damaged"),
     "its own folder": ('{"folder": "/etc"}', "is damaged"),
