@@ -90,7 +90,8 @@ TRAIN = "import sys; from dlnb.config import RunConfig; from dlnb.trainer import
 def test_a_second_host_or_container_is_refused_the_first_trains_on_and_its_kill_frees_the_run_at_once(tmp_path):
     settings = TASK | dict(data_args={"num_workers": 1}, root=str(tmp_path))  # loading processes outlive a kill for seconds
     folder = RunConfig(**settings).folder()
-    with running(*HOST, sys.executable, "-c", TRAIN, repr(settings | {"max_epochs": 10_000})) as first:
+    apart = (*HOST, "env", f"TMPDIR={tmp_path}")  # a host has a temporary folder of its own
+    with running(*apart, sys.executable, "-c", TRAIN, repr(settings | {"max_epochs": 10_000})) as first:
         while not (folder / "run.json").exists() or RunRecord.read(folder).step < 20:
             assert first.poll() is None
             time.sleep(0.1)

@@ -4,14 +4,15 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from dlnb.checkpoint import KEY
 from dlnb.config import RunConfig
+from dlnb.lock import LOCK, Process, began_at, machine
 from dlnb.trainer import fit
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
@@ -72,10 +73,8 @@ def all_damaged(run: Path) -> Path:
 
 
 def being_trained(run: Path) -> Path:
-    parent = psutil.Process(os.getppid())
-    record = json.loads((run / "run.json").read_text())
-    record |= {"status": "running", "pid": parent.pid, "pid_created": parent.create_time(), "host": os.uname().nodename}
-    (run / "run.json").write_text(json.dumps(record))
+    parent = Process(os.uname().nodename, machine(), os.getppid(), began_at(os.getppid()))
+    (run / LOCK).write_text(json.dumps(asdict(parent) | {"since": "then", "folder": str(run.resolve())}))
     return run
 
 
