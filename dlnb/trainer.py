@@ -109,12 +109,12 @@ def _check_class(config: RunConfig, part: str, value: Any) -> None:
         found = value.dataset_class
     if is_same_class(found, wanted):
         return
-    path, name = getattr(config, part), getattr(found, "__qualname__", repr(found))
-    if (found.__module__, name) == (wanted.__module__, wanted.__qualname__):
+    path, name, module = getattr(config, part), getattr(found, "__qualname__", repr(found)), getattr(found, "__module__", "")
+    if (module, name) == (wanted.__module__, wanted.__qualname__):
         raise ValueError(f"The {part} that was passed is of an earlier version of {name}. Run the cell that makes it again.")
     raise ValueError(
-        f"{part}={path!r} is not the class of the {part} that was passed, {name} of {found.__module__}. Pass one of that class, or "
-        f"set {part}='{found.__module__}:{name}', in a notebook '__main__:{name}'."
+        f"{part}={path!r} is not the class of the {part} that was passed, {name} of {module}. Pass one of that class, or "
+        f"set {part}='{module}:{name}', in a notebook '__main__:{name}'."
     )
 
 
