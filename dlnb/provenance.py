@@ -274,13 +274,13 @@ def _code_of(value: Any) -> Any:
 
 
 def is_same_class(
-    one: type,
-    other: type,
+    one: Any,  # a class; anything else is none
+    other: Any,
 ) -> bool:
     "Whether two classes are one, or have one name and do the same."
     if one is other:
         return True
-    if one.__qualname__ != other.__qualname__:
+    if not (isinstance(one, type) and isinstance(other, type)) or one.__qualname__ != other.__qualname__:
         return False
     if one.__module__ == other.__module__:
         return _code_of(one) == _code_of(other)
@@ -304,6 +304,12 @@ def _digest(data: Any) -> int:  # a flat array of uint8
     return value
 
 
+def _shape_of(weight: Any) -> str:
+    from torch.nn.parameter import is_lazy
+
+    return "" if is_lazy(weight) else str(tuple(weight.shape))
+
+
 def _describe_array(value: Any) -> Any:
     "A tensor or an array: what it is and holds."
     import numpy as np
@@ -321,7 +327,7 @@ def _describe_array(value: Any) -> Any:
 
 # %% ../nbs/00_provenance.ipynb #f0d9e1ac
 NOT_COUNTED = ("training", "num_workers", "_dlnb_meaning")  # attributes that do not change a result
-NOT_ENTERED = ("deepspeed", "lightning", "pytorch_lightning")  # packages whose objects a training leaves behind
+NOT_ENTERED = ("deepspeed.", "lightning.", "pytorch_lightning.", "torch.utils.hooks")  # whose objects a training leaves, or counts
 
 
 class Fingerprint:
@@ -384,13 +390,13 @@ class Fingerprint:
 
     def _describe_object(self, value: Any, depth: int) -> Any:
         self.sources.add(type(value))
-        is_entered = type(value).__module__.partition(".")[0] not in NOT_ENTERED
+        is_entered = not type(value).__module__.startswith(NOT_ENTERED)
         parts = {name: item for name, item in vars(value).items() if is_entered and name not in self.ignored}
         about = [type(value).__qualname__, {name: self._describe(item, depth) for name, item in parts.items()}]
         if not hasattr(value, "named_modules"):
             return about
         weights = [*value.named_parameters(), *value.named_buffers()]
-        shapes = {name: [str(getattr(weight, "shape", "")), str(weight.dtype), weight.requires_grad] for name, weight in weights}
+        shapes = {name: [_shape_of(weight), str(weight.dtype), weight.requires_grad] for name, weight in weights}
         children = {name: self._describe(child, depth + 1) for name, child in value.named_children()}
         return [*about, _without_addresses(repr(value)), shapes, children]
 

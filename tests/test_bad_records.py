@@ -43,8 +43,8 @@ RECORDS = {  # name: (what run.json holds, what the warning says)
     "another encoding": ('{"error": "Schlüssel"}'.encode("latin-1"), "utf-8"),
     "UTF-16": ('{"status": "finished"}'.encode("utf-16"), "utf-8"),
     "a pickle": (b"\x80\x04\x95\x0b\x00\x00\x00", "utf-8"),
-    "deep lists": ('{"settings": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "nested too deeply"),
-    "deep dictionaries": ('{"a": ' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
+    "deep lists": ('{"settings": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}", "nested too deep"),
+    "deep dictionaries": ('{"a": ' * 50_000 + "1" + "}" * 50_000, "nested too deep"),
     "34 MB": ('{"error": "' + "x" * 34_000_000 + '"}', "more than 33,554,432 bytes"),
     "a number of many digits": ('{"step": ' + "9" * 5000 + "}", "is damaged"),
     "two records": ("{}{}", "is damaged"),
@@ -103,8 +103,8 @@ def a_link_to_a_pipe(path: Path):
 
 
 PLACES = {
-    a_folder: "Is a directory", a_pipe: "is no file", a_link_to_itself: "cannot be read", a_link_to_nothing: "has no run.json",
-    a_link_to_a_device: "is no file", a_link_to_a_pipe: "is no file",
+    a_folder: "Is a directory", a_pipe: "is no regular file", a_link_to_itself: "cannot be read", a_link_to_nothing: "has no run.json",
+    a_link_to_a_device: "is no regular file", a_link_to_a_pipe: "is no regular file",
 }  # fmt: skip
 
 
