@@ -73,7 +73,6 @@ RECORDS = {  # name: (what run.json holds, what the warning says)
     "model_args a list": (with_settings(model_args=[1]), "settings.model_args is [1]"),
     "model_args null": (with_settings(model_args=None), "settings.model_args is None"),
     "data_args a text": (with_settings(data_args="x"), "settings.data_args is x"),
-    "a process that cannot be": (f'{{"host": "{os.uname().nodename}", "pid": -1}}', "pid"),
 }
 
 
