@@ -74,7 +74,8 @@ def load_function(
 
 def _load(path: str, field: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     where, separator, name = path.rpartition(":")
-    if not (separator and where and name.isidentifier()):
+    is_module = all(part.isidentifier() for part in where.split("."))
+    if not (separator and (is_module or where.endswith(".py")) and name.isidentifier()):
         named = kind.capitalize() if kind == "class" else kind
         raise ValueError(f"{field}={path!r} must be 'package.module:{named}' or 'path/to/file.py:{named}'.")
     module = _import_module(field, where)
@@ -629,8 +630,9 @@ def apply_params(
 def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     if not (path := values.get("best_params")):
         return values
+    _check_value("best_params", path, is_flag=False)
     try:
-        params = _dictionary(json.loads(Path(path).read_text(encoding="utf-8"))["params"])
+        params = _dictionary(json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["params"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
     try:
