@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from click import ClickException
 from .errors import unknown
 from dlnb.ranks import (
     LINGER,
+    SUPERVISOR,
     LogFollower,
     Rank,
     describe_exit,
@@ -36,10 +37,12 @@ from dlnb.ranks import (
     is_first,
     job_environment,
     job_folder,
+    process_mark,
     read_ranks,
+    restore,
     signal_group,
 )
-from .track import JOB, TEMPORARY_FAILURE
+from .track import JOB, TEMPORARY_FAILURE, await_job_folder
 
 # %% ../nbs/20_engine.ipynb #1aca47c1
 class ParameterError(ClickException, ValueError):
@@ -70,6 +73,9 @@ def parameter_names(
 
 
 def _without_magics(source: str) -> str:
+    with suppress(SyntaxError):
+        ast.parse(source)
+        return source
     from IPython.core.inputtransformer2 import TransformerManager
 
     return TransformerManager().transform_cell(source)
@@ -166,6 +172,7 @@ def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, cl
         try:
             failure = _supervise(nb, kernel_name, folder, output_path, manager_options, client_options)
         finally:
+            restore(folder)
             _keep_in_run(nb, folder)
         return f"{failure.ename}: {failure.evalue}" if failure and (folder / "run").exists() else None
 
@@ -182,7 +189,7 @@ def _supervise(
     client = RankClient(manager, folder, kernel_name=kernel_name, log=logger, **client_options)
     manager.notebook_start()
     try:
-        client.execute(env=job_environment() | {JOB: str(folder)})
+        client.execute(env=job_environment() | {JOB: str(folder), SUPERVISOR: process_mark(os.getpid())})
     finally:
         manager.notebook_complete()
     if client.preempted or client.stopped == signal.SIGUSR1:  # which a scheduler sends a while before the end
@@ -223,7 +230,7 @@ def _keep_in_run(nb, folder: Path) -> None:
 # %% ../nbs/20_engine.ipynb #b73320ac
 def _record_death(folder: Path, rank: Rank, code: int) -> None:
     "Tell the first rank's supervisor of a rank that could not do so itself, and wait until it has seen it."
-    if not folder.exists():  # it has left
+    if not await_job_folder(folder):  # it has left
         return
     known = next((record for record in read_ranks(folder) if record.rank == rank.rank), rank)
     if known.status == "running":
@@ -254,7 +261,7 @@ def _signals_passed_on(group: int) -> Iterator[threading.Event]:  # set when the
 def _is_hopeless(folder: Path) -> bool:
     "Whether a rank of this node has failed, or the first one has left: then no training will save any more."
     failure = find_failure(folder)
-    return not folder.exists() or (failure is not None and failure.ename != "Preempted")
+    return not await_job_folder(folder) or (failure is not None and failure.ename != "Preempted")
 
 
 def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
@@ -262,7 +269,7 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
     path = folder / f"rank-{rank}.ipynb"
     path.write_text(notebook, encoding="utf-8")
     code = f"from dlnb.ranks import run_rank; run_rank({str(folder)!r}, {str(path)!r})"
-    environment = os.environ | {JOB: str(folder)}
+    environment = os.environ | {JOB: str(folder), SUPERVISOR: process_mark(os.getpid())}
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, env=environment)
     follower = LogFollower(folder, rank)
     with guard(process.pid), _signals_passed_on(process.pid) as stopped:
@@ -271,7 +278,8 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
                 sys.stderr.write(follower.read())
                 time.sleep(0.2)
         finally:
-            sys.stderr.write(follower.read(last=True))
+            while text := follower.read(last=True):
+                sys.stderr.write(text)
             end_group(process.pid)
     if process.returncode:
         _record_death(folder, Rank(rank, process.pid), process.returncode)
