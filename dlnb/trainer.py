@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed import TCPStore
 
-from .callbacks import CheckBatches, CheckMonitor, LoadWeights, Pruned, ReportProgress
+from .callbacks import CheckBatches, CheckMonitor, LoadWeights, MarkProgress, Pruned, ReportProgress
 from .callbacks import RunRecorder, StopTogether, progress_bar
 from .checkpoint import Found, Manifest, check_files, find_checkpoint, read_manifest, tidy
 from .config import RunConfig
@@ -156,6 +156,7 @@ def _make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **
     }
     if config.trainer_args.get("enable_progress_bar", True):
         callbacks.append(progress_bar())
+    callbacks.append(MarkProgress(config.progress_timeout))
     trainer = Trainer(**shared | arguments | config.trainer_args)
     average_integers_exactly(trainer.strategy)
     return trainer
