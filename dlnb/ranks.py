@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CAUSE_GRACE', 'LINGER', 'SCRIPT', 'KEEP_EVERY', 'TOUCH_EVERY', 'LEFT', 'SUPERVISOR', 'LOST', 'CHUNK', 'external_rank',
-           'is_first', 'job_environment', 'Rank', 'read_ranks', 'job_folder', 'kept', 'restore', 'name_cause',
-           'leave_interactive', 'redirect_output', 'run_rank', 'process_mark', 'end_with_supervisor', 'prepare_kernel',
-           'describe_exit', 'find_failure', 'is_consequence', 'find_cause', 'early_leavers', 'is_starting',
-           'LogFollower', 'guard', 'group_members', 'signal_group', 'end_group']
+           'is_first', 'job_environment', 'Rank', 'read_ranks', 'job_folder', 'kept', 'restore', 'report_interrupts',
+           'send_all_output', 'leave_interactive', 'redirect_output', 'run_rank', 'process_mark', 'end_with_supervisor',
+           'prepare_kernel', 'describe_exit', 'find_failure', 'remoteness', 'is_consequence', 'find_cause',
+           'early_leavers', 'is_starting', 'LogFollower', 'guard', 'group_members', 'signal_group', 'end_group']
 
 # %% ../nbs/18_ranks.ipynb #80312099
 import codecs
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from .track import await_job_folder
 
-CAUSE_GRACE = 6.0  # seconds for the rank that has failed to say so, after another one has lost its connection
+CAUSE_GRACE = 4.0  # seconds for the rank that has failed to say so, after another one has lost its connection
 LINGER = 3.0  # seconds that a failed rank stays: Lightning kills the kernel when one leaves, before the kernel can say anything
 
 # %% ../nbs/18_ranks.ipynb #69e6d05e
@@ -256,16 +256,37 @@ def _make_shell():
     # Formatting a figure for nobody costs time.
     shell = RankShell.instance(display_pub_class=SilentPublisher)
     shell.display_formatter.active_types = ["text/plain"]
-    shell.events.register("post_run_cell", name_cause)
+    report_interrupts(shell)
     leave_interactive(sys.argv[0])
     return shell
 
 
-def name_cause(result) -> None:
-    "After a cell: Lightning ends a training by Ctrl-C with `sys.exit(1)`, and what is to be reported is the `KeyboardInterrupt`."
-    error = result.error_in_exec
-    if isinstance(error, SystemExit) and error.code and isinstance(error.__context__, KeyboardInterrupt):
-        result.error_in_exec = error.__context__
+def report_interrupts(shell) -> None:
+    "Lightning ends a training by Ctrl-C with `sys.exit(1)`: have the shell report the `KeyboardInterrupt` that it handled."
+
+    def cause(error: BaseException | None) -> BaseException | None:
+        handled = error.__context__ if isinstance(error, SystemExit) and error.code else None
+        return handled if isinstance(handled, KeyboardInterrupt) else error
+
+    def name(result) -> None:
+        result.error_in_exec = cause(result.error_in_exec)
+
+    def showtraceback(exc_tuple=None, *args, **kwargs) -> None:
+        raised = (exc_tuple or sys.exc_info())[1]
+        if (error := cause(raised)) is not raised:
+            exc_tuple, kwargs = (type(error), error, error.__traceback__), kwargs | {"exception_only": False}
+        show(exc_tuple, *args, **kwargs)
+
+    show, shell.showtraceback = shell.showtraceback, showtraceback
+    shell.events.register("post_run_cell", name)
+
+
+def send_all_output(kernel) -> None:
+    "Have the kernel keep what it cannot send as fast as it is printed; by default ZeroMQ drops it."
+    import zmq
+
+    thread = kernel.iopub_thread
+    thread.schedule(lambda: thread.socket.setsockopt(zmq.SNDHWM, 0))
 
 
 def leave_interactive(
@@ -371,7 +392,8 @@ def prepare_kernel(
     from IPython import get_ipython
 
     end_with_supervisor()
-    get_ipython().events.register("post_run_cell", name_cause)
+    report_interrupts(get_ipython())
+    send_all_output(get_ipython().kernel)
     leave_interactive(script)
 
 # %% ../nbs/18_ranks.ipynb #b169cb55
@@ -439,7 +461,9 @@ def find_failure(
 LOST = re.compile(r"gloo|nccl|connection (was |is )?(closed|reset|refused|lost)|broken pipe|socket timeout|wait timeout", re.I)
 
 
-def _remoteness(failure: Rank) -> int:
+def remoteness(
+    failure: Rank,
+) -> int:  # 0 to 2
     "How far a failure may be from the cause: whoever waits for a rank that has failed loses the connection."
     if failure.ename.startswith(("Dist", "Connection")) or (failure.ename == "RuntimeError" and LOST.search(failure.evalue)):
         return 2
@@ -452,14 +476,14 @@ def is_consequence(
     failure: Rank,
 ) -> bool:
     "Whether that failure is what a rank reports when another one has failed."
-    return _remoteness(failure) == 2
+    return remoteness(failure) == 2
 
 
 def find_cause(
     failures: list[Rank],
 ) -> Rank | None:
     "The failure that the others follow from: the first one, but for lost connections and ranks that others may have killed."
-    return min(failures, key=lambda failure: (_remoteness(failure), failure.time), default=None)
+    return min(failures, key=lambda failure: (remoteness(failure), failure.time), default=None)
 
 
 def early_leavers(

@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import zmq
 from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_output
@@ -41,6 +42,7 @@ from dlnb.ranks import (
     is_consequence,
     is_starting,
     read_ranks,
+    remoteness,
     signal_group,
 )
 
@@ -266,6 +268,7 @@ class _LastOutputs:
         while not self.outputs.done():
             if messages == (messages := self.client.messages):
                 self.outputs.cancel()
+                self.client.iopub_timeout = self.client.silence  # for the message
                 raise asyncio.TimeoutError
             await asyncio.wait([self.outputs], timeout=self.client.silence)
         self.outputs.result()
@@ -296,6 +299,11 @@ class KernelClient(PapermillNotebookClient):
             raise RuntimeError(
                 f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs."
             )
+
+    def start_new_kernel_client(self):
+        "Connect with the kernel, such that no output is dropped because many others wait to be read."
+        self.km.context.setsockopt(zmq.RCVHWM, 0)
+        return super().start_new_kernel_client()
 
     def output(self, outs, msg, display_id, cell_index):
         "Add an output, a stream's text to the stream."
@@ -411,7 +419,7 @@ class RankClient(KernelClient):
         if self.failure is None and self.progress.look():
             self.failure = self.hang()
         if self.failure is not None:
-            grace = CAUSE_GRACE if is_consequence(self.failure) else GRACE
+            grace = CAUSE_GRACE if remoteness(self.failure) else GRACE
             if time.time() > self.failure.time + grace:
                 return True
         # All ranks are about to end when they were asked to, and a training saves before.
@@ -467,6 +475,13 @@ class RankClient(KernelClient):
         known = self.failure is not None and not is_consequence(self.failure)
         return known or bool(early_leavers(self.folder)) or all(rank.status != "running" for rank in others)
 
+    def shown_error(self, index: int, own: Rank) -> bool:
+        "Whether the cell shows an error of rank 0; it is taken down, where nothing else is known of it."
+        errors = [output for output in self.nb.cells[index].get("outputs", []) if output.output_type == "error"]
+        if errors and not own.ename:
+            own.ename, own.evalue = errors[0].ename, errors[0].evalue
+        return own.ename in [output.ename for output in errors]
+
     def explain(self, index: int, error: Exception) -> None:
         "Find out which rank failed first, and write it into the notebook."
         ended = time.time() if isinstance(error, CellExecutionError) else self.seen_alive
@@ -486,12 +501,11 @@ class RankClient(KernelClient):
             self.failure = Rank(0, self.group, ename="RankDied", evalue=f"the kernel {describe_exit(code)}")
         elif isinstance(error, CellTimeoutError):
             self.failure = Rank(0, self.group, ename="CellTimeoutError", evalue=str(error).splitlines()[0])
-        elif self.failure is None or isinstance(error, CellExecutionError):
+        elif self.failure is None or isinstance(error, CellExecutionError) or self.shown_error(index, own):
             self.await_cause(index, own)
             others = [*([self.failure] if self.failure else []), *early_leavers(self.folder)]
             self.failure = find_cause([own, *others])
-            shown = [output.ename for output in self.nb.cells[index].outputs if output.output_type == "error"]
-            if self.failure is own and own.ename in shown:
+            if self.failure is own and self.shown_error(index, own):
                 return self.nb_man.fail(index)
         write_failure(self.nb_man, self.failure, index)
 

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -100,10 +102,16 @@ class Slow(DigitsNet):
 
 
 @pytest.fixture
-def training(papermill, tmp_path, monkeypatch):
-    "Start a training of many steps on two ranks, with a line of the training step; its processes see this temporary folder."
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+def temporary(monkeypatch):
+    "A temporary folder for the processes that the test starts; pytest's own is too long for a socket's path."
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def training(papermill, tmp_path):
+    "Start a training of many steps on two ranks, with a line of the training step."
 
     def start(step: str = "pass", **settings):
         (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step=step))
@@ -132,30 +140,30 @@ def trains(tmp_path):
     return [path for path in (tmp_path / "runs").rglob("run.json") if json.loads(path.read_text())["epoch"] >= 1]
 
 
-def sweep(tmp_path) -> None:
-    "Remove what is in the temporary folder, as a cleaner of it does."
-    (folder,) = (tmp_path / "tmp").glob("dlnb-????????")
+def sweep(temporary) -> None:
+    "Remove the job folder, as a cleaner of the temporary folder does."
+    (folder,) = temporary.glob("dlnb-????????")
     shutil.rmtree(folder)
 
 
-def test_a_swept_job_folder_does_not_keep_a_training_from_saving(training, tmp_path):
+def test_a_swept_job_folder_does_not_keep_a_training_from_saving(training, temporary, tmp_path):
     job = training(max_epochs=500)
     wait_for(lambda: trains(tmp_path), job)
-    sweep(tmp_path)
+    sweep(temporary)
     time.sleep(3)
-    sweep(tmp_path)
+    sweep(temporary)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait(timeout=60) == 75, job.log.read_text()[-2000:]
     assert record(tmp_path)["status"] == "preempted"
     assert list((tmp_path / "runs").rglob("last.ckpt")) and list((tmp_path / "runs").rglob("train.ipynb"))
-    assert job.leftover() == [] and list((tmp_path / "tmp").glob("dlnb-????????")) == []
+    assert job.leftover() == [] and list(temporary.glob("dlnb-????????*")) == []
 
 
-def test_a_swept_job_folder_does_not_keep_a_training_from_ending(training, tmp_path):
+def test_a_swept_job_folder_does_not_keep_a_training_from_ending(training, temporary, tmp_path):
     job = training(max_epochs=3)
     wait_for(lambda: list((tmp_path / "runs").rglob("run.json")), job)
     for _ in range(3):
-        sweep(tmp_path)
+        sweep(temporary)
         time.sleep(1)
     assert job.wait(timeout=120) == 0, job.log.read_text()[-2000:]
     assert record(tmp_path)["status"] == "finished" and list((tmp_path / "runs").rglob("train.ipynb"))
@@ -245,3 +253,40 @@ def test_a_lost_connection_and_a_kill_are_less_of_a_cause():
     assert find_cause([lost, killed, raised]) is raised
     assert find_cause([lost, killed]) is killed
     assert find_cause([lost]) is lost and find_cause([]) is None
+
+
+def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training, tmp_path):
+    job = training(max_epochs=500, progress_timeout=15)
+    wait_for(lambda: trains(tmp_path), job)
+    rank = next(process for process in job.family.values() if "rank.py" in " ".join(process.cmdline()))
+    rank.suspend()
+    began = time.monotonic()
+    assert job.wait(timeout=200) == 1, job.log.read_text()[-2000:]
+    assert 10 < time.monotonic() - began < 90
+    _, error, stacks = job.errors()[0]
+    assert error.startswith("NoProgress: [rank 1]") and "rank 1 is stopped" in error
+    assert stacks.count("most recent call first") > 2 and stacks.count("training_step") + stacks.count("backward") >= 2
+    assert record(tmp_path)["status"] in ("running", "stopped", "failed", "preempted") and job.leftover() == []
+
+
+def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path):
+    step = "if self.trainer.global_rank == 1 and self.trainer.global_step == 5: __import__('threading').Event().wait()"
+    job = training(step, max_epochs=500, progress_timeout=15)
+    assert job.wait(timeout=200) == 1, job.log.read_text()[-2000:]
+    _, error, stacks = job.errors()[0]
+    assert error.startswith("NoProgress: [rank 1]") and "rank 1 is behind" in error
+    assert "training_step" in stacks.partition("Rank 1:")[2]
+    assert job.leftover() == []
+
+
+def test_slow_steps_and_cells_without_a_training_are_not_ended(papermill, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step="time.sleep(4)"))
+    cell = f"""from dlnb.config import RunConfig
+from dlnb.trainer import fit
+import time
+time.sleep(10)
+config = dict(model="{tmp_path}/slow.py:Slow", data="dlnb.examples:Digits", accelerator="cpu", devices=1, max_steps=3)
+fit(RunConfig(**config, root="{tmp_path}/runs", progress_timeout=8))
+time.sleep(10)"""
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", cell))
+    assert job.wait() == 0, job.log.read_text()[-2000:]
