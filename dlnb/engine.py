@@ -260,6 +260,7 @@ def _record_hang(folder: Path, rank: int, pid: int, watch: ProgressWatch) -> boo
     record.status, record.time, record.ename, record.evalue = "failed", time.time(), "NoProgress", told
     record.traceback = [told, stacks]
     record.write(folder)
+    time.sleep(LINGER)
     return True
 
 
@@ -306,6 +307,7 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
             while text := follower.read(last=True):
                 sys.stderr.write(text)
             end_group(process.pid)
+            process.wait()
     if process.returncode:
         _record_death(folder, Rank(rank, process.pid), process.returncode)
         failure = find_failure(folder)

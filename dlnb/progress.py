@@ -42,7 +42,8 @@ class Progress:
         self.file = os.open(folder / f"rank-{rank}.progress", os.O_WRONLY | os.O_CREAT, 0o600)
         self.closed = threading.Event()
         self._write()
-        threading.Thread(target=self._keep, name="dlnb-progress", daemon=True).start()
+        self.writer = threading.Thread(target=self._keep, name="dlnb-progress", daemon=True)
+        self.writer.start()
 
     def mark(self) -> None:
         "Something was done."
@@ -53,6 +54,7 @@ class Progress:
         "The training has ended, well or not: nobody waits for this rank any more."
         if not self.closed.is_set():
             self.closed.set()
+            self.writer.join()
             self.under_way = False
             self._write()
             os.close(self.file)
@@ -101,8 +103,8 @@ class ProgressWatch:
         return bool(ranks) and self.idle > min(state.timeout for state in ranks.values())
 
     def _read(self) -> Iterator[tuple[int, RankProgress]]:
-        for path in self.folder.glob("rank-*.progress"):
-            with suppress(OSError):
+        with suppress(OSError):  # a folder may be swept while one looks into it
+            for path in self.folder.glob("rank-*.progress"):
                 known = self.files.get(path.name)
                 if known is None or not os.path.samestat(os.fstat(known.fileno()), path.stat()):
                     self.files[path.name] = path.open("rb")
