@@ -12,10 +12,12 @@ import psutil
 import pytest
 from conftest import TRAIN, is_running, write_notebook
 from nbformat.v4 import new_output
-from test_engine import FABRIC, RANKS, assert_failed, run  # noqa: F401
+from test_engine import RANKS, assert_failed, run  # noqa: F401
 
+from dlnb.config import RunConfig
 from dlnb.ranks import LogFollower, Rank, find_cause
 from dlnb.supervisor import Terminal
+from dlnb.trial import run_trial
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -170,7 +172,7 @@ def test_a_swept_job_folder_does_not_keep_a_training_from_ending(training, tempo
     assert job.leftover() == []
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.6, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("delay", [0.3, 2.0, *(pytest.param(delay, marks=pytest.mark.soak) for delay in (0.6, 1.0, 1.5, 3.0))])
 def test_no_orphan_is_left_when_papermill_and_its_guard_are_killed(papermill, tmp_path, monkeypatch, delay):
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
     sleep = "import time\ntime.sleep(600)"
@@ -220,22 +222,24 @@ trainer.fit(Model())
 """
 
 
-@pytest.mark.parametrize(
-    "step, told",
-    [
-        ("rank == 1 and sys.exit(3)", ("[rank 1] 3", "SystemExit", "sys.exit(3)")),
-        ("rank == 1 and sys.exit(0)", ("[rank 1]", "sys.exit(0)")),
-        ("rank == 1 and os._exit(3)", ("[rank 1]", "exited with code 3")),
-        ("rank == 1 and threading.Thread(target=os._exit, args=(4,)).start()", ("[rank 1]", "exited with code 4")),
-        ("rank == 1 and signal.raise_signal(signal.SIGINT)", ("[rank 1]", "KeyboardInterrupt")),
-        ("rank == 0 and signal.raise_signal(signal.SIGINT)", ("KeyboardInterrupt",)),
-        ("rank == 0 and os.killpg(0, signal.SIGINT)", ("KeyboardInterrupt",)),
-        ("rank == 1 and os.kill(os.getpid(), signal.SIGKILL)", ("[rank 1]", "SIGKILL")),
-        ("rank == 1 and os.kill(os.getpid(), signal.SIGSEGV)", ("[rank 1]", "SIGSEGV")),
-        ("rank == 0 and sys.exit(5)", ("SystemExit: 5",)),
-        ("if rank == 1: raise ValueError('the cause')", ("[rank 1] the cause",)),
-    ],
-)
+CAUSES = [
+    ("rank == 1 and sys.exit(3)", ("[rank 1] 3", "SystemExit", "sys.exit(3)")),
+    ("rank == 1 and sys.exit(0)", ("[rank 1]", "sys.exit(0)")),
+    ("rank == 0 and os.killpg(0, signal.SIGINT)", ("KeyboardInterrupt",)),
+]
+MORE_CAUSES = [
+    ("rank == 0 and signal.raise_signal(signal.SIGINT)", ("KeyboardInterrupt",)),
+    ("rank == 1 and signal.raise_signal(signal.SIGINT)", ("[rank 1]", "KeyboardInterrupt")),
+    ("rank == 1 and os._exit(3)", ("[rank 1]", "exited with code 3")),
+    ("rank == 1 and threading.Thread(target=os._exit, args=(4,)).start()", ("[rank 1]", "exited with code 4")),
+    ("rank == 1 and os.kill(os.getpid(), signal.SIGKILL)", ("[rank 1]", "SIGKILL")),
+    ("rank == 1 and os.kill(os.getpid(), signal.SIGSEGV)", ("[rank 1]", "SIGSEGV")),
+    ("rank == 0 and sys.exit(5)", ("SystemExit: 5",)),
+    ("if rank == 1: raise ValueError('the cause')", ("[rank 1] the cause",)),
+]
+
+
+@pytest.mark.parametrize("step, told", [*CAUSES, *(pytest.param(*cause, marks=pytest.mark.soak) for cause in MORE_CAUSES)])
 def test_the_cause_stands_before_what_follows_from_it(papermill, tmp_path, step, told):
     job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", FIT.replace("{step}", step)), devices=2)
     assert job.wait() == 1, job.log.read_text()[-2000:]
@@ -290,3 +294,12 @@ fit(RunConfig(**config, root="{tmp_path}/runs", progress_timeout=8))
 time.sleep(10)"""
     job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", cell))
     assert job.wait() == 0, job.log.read_text()[-2000:]
+
+
+def test_a_trial_without_progress_has_failed(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step="__import__('threading').Event().wait()"))
+    config = dict(model=f"{tmp_path}/slow.py:Slow", data="dlnb.examples:Digits", accelerator="cpu", devices=1)
+    outcome = run_trial(RunConfig(**config, progress_timeout=5), tmp_path / "trial", lambda *_: False, "hangs")
+    assert outcome.state == "failed" and outcome.error.startswith("no rank has made progress")
+    assert "training_step" in outcome.error
+    assert not list((tmp_path / "trial").glob("rank-*.progress"))
