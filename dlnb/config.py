@@ -242,7 +242,8 @@ def _check_root(root: str) -> str:
 
 # %% ../nbs/04_config.ipynb #c1a30b26
 UNHASHED = frozenset(
-    "root name tags wandb logger log_every_n_steps terminate_on_nan max_epochs max_steps save_top_k save_every_n_steps resume best_params".split()
+    "root name tags wandb logger log_every_n_steps max_epochs max_steps save_top_k save_every_n_steps resume best_params "
+    "terminate_on_nan progress_timeout".split()
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
@@ -307,6 +308,7 @@ class RunConfig(BaseModel):
     best_params: str | None = None  # a best_params.json of the tuner; its values win
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # online with a key, else offline
     logger: Literal["csv", "tensorboard"] = "csv"  # what metrics.csv gets, TensorBoard may get too
+    progress_timeout: float | None = Field(1800.0, gt=0)  # seconds without progress on any rank, after which the job ends; None: never
     trainer_args: Dictionary = {}  # anything else for Lightning's Trainer
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 

@@ -25,8 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import TCPStore
 
-from .callbacks import CheckBatches, CheckLengths, CheckLoss, CheckMonitor, LoadWeights, Pruned, ReportProgress
-from .callbacks import RunRecorder, StopTogether, progress_bar
+from .callbacks import CheckBatches, CheckLengths, CheckLoss, CheckMonitor, LoadWeights, MarkProgress, Pruned
+from .callbacks import ReportProgress, RunRecorder, StopTogether, progress_bar
 from .checkpoint import UNFINISHED, Found, Manifest, examine, find_checkpoint, read_manifest, tidy
 from .config import RunConfig, short_hash
 from .consolidate import consolidate
@@ -222,6 +222,7 @@ def _make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **
     }
     if config.trainer_args.get("enable_progress_bar", True):
         callbacks.append(progress_bar())
+    callbacks.append(MarkProgress(config.progress_timeout))
     trainer = Trainer(**shared | arguments | config.trainer_args)
     average_integers_exactly(trainer.strategy)
     return trainer

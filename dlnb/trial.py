@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from .config import RunConfig
 from .data import usable_cores
+from .progress import PROGRESS, ProgressWatch, collect_stacks
 from .ranks import describe_exit, redirect_output
 from .track import JOB
 
@@ -82,7 +83,7 @@ def _become(place: _Place, world_size: int) -> None:
     os.setpgid(0, 0)  # with its loading processes it can be ended as one
     threading.Thread(target=_watch_parent, daemon=True).start()
     os.environ.clear()
-    os.environ |= place.environment  # the server's is as old as the server
+    os.environ |= place.environment | {PROGRESS: str(place.folder)}  # the server's is as old as the server
     set_start_method(place.start_method, force=True)  # its children would take seconds to start as it did
     if place.cores:
         os.sched_setaffinity(0, place.cores)
@@ -210,7 +211,8 @@ def run_trial(
 ) -> Outcome:
     "Train once on fresh processes. Whatever happens in them is an outcome; none of them is left."
     folder.mkdir(parents=True, exist_ok=True)
-    began, ranks = time.monotonic(), _Ranks()
+    began, ranks, watch = time.monotonic(), _Ranks(), ProgressWatch(folder)
+    _forget_progress(folder)
     try:
         ranks.start(config, folder, share, group, checkpoints)
         while len(ranks.outcomes) < len(ranks.processes):
@@ -218,6 +220,8 @@ def run_trial(
             if ranks.failure:
                 ranks.listen(GRACE, report)
                 return ranks.failure
+            if watch.look():
+                return _hung(folder, watch)
             if stop and stop.is_set():
                 return Outcome("stopped")
             if timeout and time.monotonic() - began > timeout:
@@ -225,3 +229,16 @@ def run_trial(
         return ranks.outcomes[0]
     finally:
         ranks.end()
+        _forget_progress(folder)
+
+
+def _forget_progress(folder: Path) -> None:
+    for path in (*folder.glob("rank-*.progress"), *folder.glob("rank-*.stacks")):
+        path.unlink(missing_ok=True)
+
+
+def _hung(folder: Path, watch: ProgressWatch) -> Outcome:
+    "The outcome of a trial whose ranks make no progress."
+    told = watch.describe()
+    stacks = collect_stacks(folder, watch.ranks)
+    return Outcome("failed", "\n".join([told, *(f"\nRank {rank}:\n{text}" for rank, text in stacks.items())]))

@@ -52,7 +52,7 @@ def _weights_of_run(record: RunRecord) -> Path:
 
 # %% ../nbs/10_weights.ipynb #69e9402c
 _OF_THE_RUN = "model model_args data data_args precision batch_size seed root name tags wandb".split()
-INFERENCE = (*_OF_THE_RUN, *"accelerator devices num_nodes strategy strategy_args trainer_args".split())
+INFERENCE = (*_OF_THE_RUN, *"accelerator devices num_nodes strategy strategy_args trainer_args progress_timeout".split())
 
 
 def inference_config(

@@ -77,7 +77,7 @@ def test_every_package_that_is_imported_is_required():
     required = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_").lower() for line in lines if line.strip()}
     names = (
         {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipykernel"}
-        | dict.fromkeys(["traitlets", "jupyter_core", "nbformat"], "nbclient")
+        | dict.fromkeys(["traitlets", "jupyter_core", "nbformat", "zmq"], "nbclient")
         | {"click": "papermill"}
     )
     imported = set()
