@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .ranks import Rank, external_rank
+from .ranks import Rank, external_rank, read_ranks
 
 # %% ../nbs/19_nodes.ipynb #14115c56
 def node_ranks() -> list[int]:
@@ -169,9 +169,8 @@ class Reporter:
                 self._send()
 
     def _is_heard(self) -> bool:
-        token = self.place / "token"
         try:
-            token = token.read_text(encoding="utf-8")
+            token = (self.place / "token").read_text(encoding="utf-8")
         except FileNotFoundError:
             if self.token and self.left is None:
                 self.left = time.monotonic()
@@ -198,16 +197,23 @@ class Reporter:
     @property
     def is_alone(self) -> bool:
         "Whether the first rank has left a while ago, and this one is still in a cell."
-        if self.left is None:
-            return False
         grace = SAVE_GRACE if (self.folder / "stopping").exists() else ALONE_GRACE
-        return time.monotonic() > self.left + grace and '"status": "running"' in self.record
+        if self.left is None or time.monotonic() < self.left + grace:
+            return False
+        return any(rank.rank == self.rank and rank.status == "running" for rank in read_ranks(self.folder))
+
+    @property
+    def is_awaited(self) -> bool:
+        "Whether the first rank is still there, and reads what this one has left."
+        if 0 in node_ranks():
+            return self.folder.exists()
+        return bool(self.token) and self.left is None
 
     def wait_until_heard(self) -> None:
-        "After a failure: until the first node has written it down and left."
+        "After a failure: until the first rank has written it down and left."
         deadline = time.monotonic() + HEARD_GRACE
         self.report(now=True)
-        while self.token and self.left is None and time.monotonic() < deadline:
+        while self.is_awaited and time.monotonic() < deadline:
             time.sleep(EVERY / 5)
             self.report()
 

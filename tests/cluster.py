@@ -12,6 +12,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from dlnb.ranks import guard
+
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel")
 HOSTS = Path("/etc/hosts")
@@ -106,7 +108,8 @@ def daemon(*command: str, folder: Path):
     with (folder / f"{Path(command[0]).name}.output").open("a") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        yield process
+        with guard(process.pid):  # should the tests be killed
+            yield process
     finally:
         process.send_signal(signal.SIGTERM)
         try:
