@@ -166,12 +166,13 @@ def test_scancel_signal_saves_on_both_nodes_and_the_same_command_ends_with_the_s
         assert weights(workplace / "runs") == undisturbed["ddp"]
 
 
-def test_the_recipe_is_requeued_on_75_and_ends_with_the_same_bytes(nodes, workplace, undisturbed):
+def test_the_recipe_is_requeued_on_75_and_ends_with_the_same_bytes(nodes, workplace, undisturbed, monkeypatch):
+    monkeypatch.setenv("STARTED", str(workplace / "started"))
     script = RECIPE.replace("nbs/workflows/train.ipynb", str(TRAIN)).replace("@120", "@60").replace(" --gpus-per-node=4", "")
     settings = SETTINGS | dict(root=workplace / "runs", save_every_n_steps=100)
     given = " ".join(f"-p {name} {value}" for name, value in settings.items() if name not in ("devices", "num_nodes"))
     script = re.sub(r"(-p strategy )\S+", rf"\g<1>ddp {given}", script)
-    pace = '[ -n "$SLURM_RESTART_COUNT" ] || export PACE=4'  # longer than SLURM takes to look at its jobs
+    pace = '[ -n "$SLURM_RESTART_COUNT" ] || export PACE=6'  # longer than SLURM takes to look at its jobs
     (workplace / "job.sh").write_text(script.replace("\n\n", f"\n\n{pace}\n", 1))
     options = (f"--chdir={workplace}", "--output=job.log", "--ntasks-per-node=1")
     number = nodes.call("sbatch", "--parsable", *options, str(workplace / "job.sh")).strip()
@@ -189,7 +190,7 @@ def test_the_recipe_is_requeued_on_75_and_ends_with_the_same_bytes(nodes, workpl
     def set_time_limit(minutes: int) -> None:
         nodes.call("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
 
-    wait_until(lambda: list((workplace / "runs").rglob("metrics.csv")))
+    wait_until((workplace / "started").exists)
     hours, minutes, seconds = map(int, job("RunTime").split(":"))
     set_time_limit(minutes + 2)  # a minute and a half before that, the signal is due
     wait_until(lambda: job("Restarts") == "1")
