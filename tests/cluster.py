@@ -84,12 +84,13 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        self.configuration = str(folder / "slurm.conf")
 
     def call(self, *command: str) -> str:
         "Run a command to its end; what it printed. Raises `CalledProcessError`."
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        environment["SLURM_CONF"] = self.configuration
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout
 
     def wait_until_idle(self, within: float = 60) -> None:

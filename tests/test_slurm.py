@@ -29,7 +29,7 @@ def nodes(tmp_path_factory):
     if reason := missing():
         pytest.skip(reason)
     with cluster(tmp_path_factory.mktemp("slurm")) as nodes:
-        os.environ["SLURM_CONF"] = nodes.environment["SLURM_CONF"]
+        os.environ["SLURM_CONF"] = nodes.configuration
         try:
             yield nodes
         finally:
