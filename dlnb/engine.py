@@ -24,6 +24,7 @@ import nbformat
 from click import ClickException
 
 from .errors import unknown
+from .nodes import Reporter, meeting, meeting_place
 from .progress import PROGRESS, ProgressWatch, collect_stacks
 from dlnb.ranks import (
     LINGER,
@@ -163,12 +164,12 @@ class DlnbEngine:
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:
     "Run the notebook once; where a training has crashed, and can go on, what happened to it."
     text = nbformat.writes(nb)
-    with job_folder(text) as folder:
+    with job_folder(text) as folder, meeting(folder, meeting_place(output_path)) as reporter:
         (folder / "name").write_text(
             Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb", encoding="utf-8"
         )
         if rank := external_rank():
-            _run_external_rank(folder, rank, text)
+            _run_external_rank(folder, rank, text, reporter)
             return None
         try:
             failure = _supervise(nb, kernel_name, folder, output_path, manager_options, client_options)
@@ -288,7 +289,7 @@ def _is_hopeless(folder: Path) -> bool:
     return not await_job_folder(folder) or (failure is not None and failure.ename != "Preempted")
 
 
-def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
+def _run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter) -> None:
     "Run one rank that the launcher has asked for, and end as it ends."
     path = folder / f"rank-{rank}.ipynb"
     path.write_text(notebook, encoding="utf-8")
@@ -298,8 +299,9 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
     follower, watch = LogFollower(folder, rank), ProgressWatch(folder)
     with guard(process.pid), _signals_passed_on(process.pid) as stopped:
         try:
-            while process.poll() is None and not (stopped.is_set() and _is_hopeless(folder)):
+            while process.poll() is None and not (stopped.is_set() and _is_hopeless(folder)) and not reporter.is_alone:
                 sys.stderr.write(follower.read())
+                reporter.report()
                 if watch.look() and _record_hang(folder, rank, process.pid, watch):
                     break
                 time.sleep(0.2)
@@ -308,8 +310,11 @@ def _run_external_rank(folder: Path, rank: int, notebook: str) -> None:
                 sys.stderr.write(text)
             end_group(process.pid)
             process.wait()
+    if process.returncode and reporter.is_alone:
+        raise RankError(f"rank {rank} was ended, as the first rank has left")
     if process.returncode:
         _record_death(folder, Rank(rank, process.pid), process.returncode)
+        reporter.wait_until_heard()
         failure = find_failure(folder)
         if failure and failure.ename == "Preempted":
             sys.exit(TEMPORARY_FAILURE)

@@ -69,6 +69,7 @@ class Rank:
     ename: str = ""  # the exception's class
     evalue: str = ""  # the exception's text
     traceback: list[str] = field(default_factory=list)  # lines, coloured as in a notebook
+    host: str = ""  # the node, where it is another one: its process ids mean nothing here
 
     def write(self, folder: Path) -> None:
         "Write the record into the job folder, whole or not at all; not where the engine has left with the folder."
@@ -446,7 +447,7 @@ def find_failure(
     folder: Path,  # the job folder
 ) -> Rank | None:
     "The rank that failed first, by its own record or by having died; None while all are well."
-    dead = {rank.pid for rank in read_ranks(folder) if rank.status == "running" and not _is_alive(rank.pid)}
+    dead = {rank.pid for rank in read_ranks(folder) if rank.status == "running" and not rank.host and not _is_alive(rank.pid)}
     ranks = read_ranks(folder)  # once more: one may have written how it ended and left in between
     for rank in ranks:
         if rank.pid in dead and rank.status == "running":

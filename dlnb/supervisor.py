@@ -242,7 +242,8 @@ def write_failure(
     "Put a rank's failure into the notebook, as the first error of the cell that it happened in."
     failed = failure.cell if failure.rank else index
     outputs = manager.nb.cells[failed].outputs
-    traceback = [f"Rank {failure.rank} failed here.", *(failure.traceback or [f"{failure.ename}: {failure.evalue}"])]
+    node = f" on {failure.host}" if failure.host else ""
+    traceback = [f"Rank {failure.rank} failed here{node}.", *(failure.traceback or [f"{failure.ename}: {failure.evalue}"])]
     error = new_output(
         "error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback
     )
