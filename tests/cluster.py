@@ -76,7 +76,7 @@ def hosts_named(*names: str):
     try:
         yield
     finally:
-        HOSTS.write_text(HOSTS.read_text().replace(line, "", 1))
+        HOSTS.write_text(HOSTS.read_text().replace(line, ""))  # also what a killed test has left
 
 
 class Cluster:
