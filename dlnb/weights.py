@@ -75,7 +75,7 @@ def inference_config(
             kept.pop(f"{part}_args", None)  # another class's
         if part not in given | kept:
             raise ValueError(
-                f"run={str(run)!r} has no run.json that tells its {part}. Give {part}, and {part}_args if it has any."
+                f"run={str(run)!r} has no run.json to tell its {part}. Give {part}, and {part}_args if it has any."
             )
     config = RunConfig(**kept | given, resume=str(source.weights))
     if config.strategy.startswith(("deepspeed", "fsdp")):
