@@ -408,7 +408,7 @@ class CheckLoss(Callback):
         self.first = None
         if trainer.is_global_zero:
             print(
-                f"The loss is NaN or infinite since optimizer step {step}, and the training goes on. With terminate_on_nan=True it ends there."
+                f"The loss is NaN or infinite since optimizer step {step}, and the training continues. With terminate_on_nan=True it ends there."
             )
 
 # %% ../nbs/14_callbacks.ipynb #0c492fb5

@@ -297,7 +297,7 @@ class RunConfig(BaseModel):
     monitor_mode: Literal["min", "max"] = "min"
     patience: int | None = Field(None, ge=0)  # validations without an improvement; None: no early stopping
     min_delta: float = Field(0.0, ge=0)
-    terminate_on_nan: bool = False  # end where the loss becomes NaN or infinite; else that is reported, and the training goes on
+    terminate_on_nan: bool = False  # end where the loss becomes NaN or infinite; else that is reported, and the training continues
     seed: int = Field(0, ge=0, lt=2**32)
     root: str = "runs"
     name: str | None = None  # in place of the readable part of the folder's name

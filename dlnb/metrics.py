@@ -38,7 +38,7 @@ class MetricsFile:
         self.waiting: list[dict[str, Any]] = []  # rows that are not in it yet
 
     def save(self) -> None:
-        "Write the rows that wait. An `OSError` names the file, and they go on waiting."
+        "Write the rows that wait. An `OSError` names the file, and they stay in line."
         if not self.waiting:
             return
         columns, self.columns = self.columns, []  # unless it ends well, the next one writes all of it
