@@ -621,13 +621,22 @@ class AtomicCheckpoint(RankedCheckpoints):
         self.writer.finish()
         trainer.strategy.barrier()
 
+    def _take_what_is_due(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
+        "The names to write and those to remove, of all callbacks that save into this folder: one writing serves them."
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AtomicCheckpoint)]
+        callbacks = [callback for callback in callbacks if callback.dirpath == self.dirpath]
+        wanted = list(dict.fromkeys(path for callback in callbacks for path in callback.wanted))
+        unwanted = [path for callback in callbacks for path in callback.unwanted if path not in wanted]
+        for callback in callbacks:
+            callback.wanted, callback.unwanted = [], []
+        return wanted, unwanted
+
     def save(self, trainer: Trainer, background: bool) -> None:
         "Save under the names that are due; all ranks call it."
         for callback in trainer.callbacks:
             if isinstance(callback, ExactResume):
                 callback.collect(trainer)
-        wanted, unwanted = list(dict.fromkeys(self.wanted)), [path for path in self.unwanted if path not in self.wanted]
-        self.wanted, self.unwanted = [], []
+        wanted, unwanted = self._take_what_is_due(trainer)
         if Path(self.last_model_path) in wanted:
             self.last_place = _place(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)

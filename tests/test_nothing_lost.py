@@ -253,3 +253,14 @@ def test_a_full_disk_is_in_the_record_and_its_error_names_the_file(tmp_path):
         assert record["ended"] is not None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_is_due_at_the_same_step_is_written_once(tmp_path, monkeypatch):
+    from dlnb.resume import AtomicCheckpoint
+
+    written = []
+    save = AtomicCheckpoint.writer.write
+    monkeypatch.setattr(AtomicCheckpoint.writer, "write", lambda work, *rest: (written.append(work.paths), save(work, *rest)))
+    fit(config(tmp_path, max_epochs=2, save_every_n_steps=2))  # an epoch's steps
+    names = [sorted(path.name for path in paths) for paths in written]
+    assert names == [["epoch=0.ckpt", "last.ckpt"], ["last.ckpt"]]
