@@ -98,6 +98,7 @@ class RunRecorder(Callback):
         self.lock = threading.Lock()  # a checkpoint is noted by the thread that writes it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.record.folder = trainer.strategy.broadcast(self.record.folder)
         if trainer.is_global_zero and not self.record.is_own:
             self.record.begin()
             self.record.write()
@@ -108,7 +109,7 @@ class RunRecorder(Callback):
         if trainer.is_global_zero:
             self._note(resolved=resolved)
             if isinstance(trainer.logger, MetricsLogger):
-                trainer.logger.file.keep_before(trainer.global_step)
+                trainer.logger.file.keep_before(trainer.fit_loop.epoch_loop._batches_that_stepped)  # what rows are counted by
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.update(trainer, finished_epochs=trainer.current_epoch + 1)
@@ -118,7 +119,7 @@ class RunRecorder(Callback):
         progress = {} if trainer.checkpoint_callbacks else {"epoch": finished_epochs, "step": trainer.global_step}
         logged = _logged(trainer)
         if trainer.is_global_zero:
-            self._note(metrics=logged, **progress)
+            self._note(**({"metrics": logged} if logged else {}), **progress)  # none were logged where nothing was left to train
 
     def note_of_checkpoint(self, trainer: Trainer, manifest: Manifest) -> Callable[[], None]:
         "What the record is going to say when the checkpoint that is now being saved is complete; all ranks call it."

@@ -118,7 +118,7 @@ def is_own(
 
 
 def _is_own_folder(folder: Path) -> bool:
-    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "manifest.json")
     if not is_marked(content):
         return False
     manifest, there = Manifest.model_validate(content), list(folder.rglob("*"))
@@ -384,6 +384,7 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.abandoned = threading.Event()
+        self.placed = False  # whether the checkpoint that is being written has its names
         self.copies = HostCopy()
         self.pauses: list[float] = []  # seconds that the training waited for each checkpoint
 
@@ -417,10 +418,11 @@ class Writer:
         self.thread = self.error = None
 
     def _run(self, work: Write) -> None:
+        self.placed = False
         try:
             self._write(work)
         except BaseException as error:
-            self.error = _told(work, error) if isinstance(error, Exception) else error
+            self.error = _told(work, error, self.placed) if isinstance(error, Exception) else error
             if work.rank == 0:
                 _remove(work.staging)
 
@@ -439,10 +441,13 @@ class Writer:
                 self._await_notes(work)
                 _complete(work)
             place(work.staging, *work.paths)
-            for note in work.notes:
-                note()
-            for path in work.removals:
-                remove(path)
+            self.placed = True
+            try:
+                for note in work.notes:
+                    note()
+            finally:
+                for path in work.removals:
+                    remove(path)
 
     def _await_notes(self, work: Write) -> None:
         wanted = [_note(work.staging, rank) for rank in range(work.manifest.world_size)]
@@ -455,11 +460,14 @@ class Writer:
             time.sleep(0.01)
 
 
-def _told(work: Write, error: Exception) -> OSError:
+def _told(work: Write, error: Exception, placed: bool) -> OSError:
     "What a writing ran into, with the place; torch says of a full disk that a position is unexpected."
     folder = work.staging.parent
     free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there" if folder.exists() else "it is gone"
-    told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The checkpoint before it stands."
+    if placed:
+        told = f"{work.paths[-1]} is complete, of {work.manifest.place}, and what comes after it failed ({free}): {error}."
+    else:
+        told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The checkpoint before it stands."
     new = OSError(told)
     new.__cause__ = error
     return new

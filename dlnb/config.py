@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from .errors import unknown
+from .files import read_json
 
 # %% ../nbs/04_config.ipynb #bfaec920
 def _import_file(path: Path) -> Any:
@@ -634,7 +635,7 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
         return values
     _check_value("best_params", path, is_flag=False)
     try:
-        params = _dictionary(json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["params"])
+        params = _dictionary(read_json(Path(path).expanduser())["params"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
     try:

@@ -227,8 +227,12 @@ def _sign(descriptor: int, folder: Path) -> None:
     "Have the file say that this process holds it."
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
     values = asdict(Process.this()) | {"since": since, "folder": str(folder.resolve())}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(values).encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(values).encode(), 0)
+    except OSError as error:
+        error.filename = str(folder / LOCK)
+        raise
 
 
 def _read(descriptor: int) -> Holder:
@@ -319,9 +323,16 @@ def _close(descriptor: int) -> None:
 # %% ../nbs/00_lock.ipynb #36003d47
 def _take(folder: Path, told: str, remedy: str, watch: float) -> int:
     "The descriptor of the lock's file. Raises `ValueError`, which begins with what is told, where another process has it."
+    until = time.monotonic() + PATIENCE
     while True:
-        with suppress(FileNotFoundError):
+        try:
             descriptor, is_new = _open_in(folder)
+        except FileNotFoundError:  # the holder may just have removed the file, or the folder that it has made
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+            continue
+        with suppress(FileNotFoundError):
             try:
                 if (rival := _find_rival(descriptor, is_new, folder, watch)) is None:
                     return descriptor

@@ -86,14 +86,15 @@ class Collector:
 
     def look(self) -> None:
         "Copy what is new. An error of the filesystem is no error of the job: the next look is soon."
-        with suppress(OSError, ValueError):
-            # Listing a folder makes NFS ask its server what there is by now; asking for one file would not.
-            for path in sorted(self.place.glob(f"{self.token}-rank-*.json")):
+        # Listing a folder makes NFS ask its server what there is by now; asking for one file would not.
+        for path in sorted(self.place.glob(f"{self.token}-rank-*.json")):
+            with suppress(OSError, ValueError, TypeError, KeyError):
                 name, message = path.stem.removeprefix(f"{self.token}-"), path.read_text(encoding="utf-8")
                 self._copy_log(name)
                 if message != self.messages.get(name):
                     _received(message).write(self.folder)
                     self.messages[name] = message
+        with suppress(OSError):
             if (self.place / f"{self.token}-stopping").exists():
                 (self.folder / "stopping").touch()
 

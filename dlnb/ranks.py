@@ -361,16 +361,8 @@ def process_mark(
     pid: int,
 ) -> str:  # empty where there is no such process any more
     "What tells a process from every other one."
-    import psutil
-
-    try:
-        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if began[0] == "Z" else f"{pid}:{began[19]}"  # in ticks since the machine's start, see proc(5)
-    except OSError:
-        try:
-            return f"{pid}:{psutil.Process(pid).create_time()}" if sys.platform != "linux" else ""
-        except psutil.NoSuchProcess:
-            return ""
+    began = began_at(pid)
+    return "" if began is None else f"{pid}:{began:.0f}"
 
 
 def end_with_supervisor() -> None:
@@ -403,15 +395,6 @@ def _exit_status(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1])
     except (OSError, ValueError):
         return None
-
-
-def _is_alive(pid: int) -> bool:
-    import psutil
-
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _count_memory_kills() -> int | None:
@@ -447,7 +430,7 @@ def find_failure(
     folder: Path,  # the job folder
 ) -> Rank | None:
     "The rank that failed first, by its own record or by having died; None while all are well."
-    dead = {rank.pid for rank in read_ranks(folder) if rank.status == "running" and not rank.host and not _is_alive(rank.pid)}
+    dead = {rank.pid for rank in read_ranks(folder) if rank.status == "running" and not rank.host and began_at(rank.pid) is None}
     ranks = read_ranks(folder)  # once more: one may have written how it ended and left in between
     for rank in ranks:
         if rank.pid in dead and rank.status == "running":

@@ -575,6 +575,8 @@ class AtomicCheckpoint(RankedCheckpoints):
         **kwargs: Any,  # of ModelCheckpoint
     ):
         super().__init__(*args, **kwargs)
+        if self.save_last == "link":
+            self.save_last = True  # names of one writing share its bytes anyway
         self.identity, self.sources, self.background = identity, sources, background
         self.wanted: list[Path] = []
         self.unwanted: list[Path] = []

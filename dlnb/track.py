@@ -314,8 +314,8 @@ class RunRecord(BaseModel):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        "Put the end of what is done here, good or bad, on the disk, if an attempt has begun."
-        error = None
+        "Put the end of what is done here, good or bad, on the disk, if an attempt has begun here."
+        error, attempts = None, self.attempts
         try:
             with self.heartbeat():
                 yield
@@ -323,7 +323,7 @@ class RunRecord(BaseModel):
             error = raised
             raise
         finally:
-            if self.attempts:
+            if self.attempts > attempts:
                 self.end(error)
                 # What it ends with shall be told, not a full disk once more.
                 with suppress(OSError) if error else nullcontext():

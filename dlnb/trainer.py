@@ -33,7 +33,7 @@ from .consolidate import consolidate
 from .data import DataModule, average_integers_exactly, evaluate_exactly
 from .errors import unknown
 from .layout import read_layout
-from .lock import LOCK, Watch, beats, check_free, hold
+from .lock import LOCK, Watch, beats, check_free, find_holder, hold
 from .metrics import MetricsLogger
 from .optim import provide_optimizers
 from .plots import confusion_matrix
@@ -269,7 +269,7 @@ def find_start(
     was_saving = any((record.folder / "checkpoints").glob(f"*{UNFINISHED}"))  # the first one, when it was killed
     tidy(record.folder / "checkpoints")
     found = find_checkpoint(record.folder / "checkpoints")
-    if found is None and record.step and not was_saving:
+    if found is None and record.last_checkpoint and not (was_saving and not record.machine):  # older records are ahead of the disk
         raise ValueError(
             f"{record.folder} has trained {record.step} steps, and none of its checkpoints is left in {record.folder / 'checkpoints'}. Put "
             "them back, give resume='never' to train beside it, or remove its run.json to begin again there."
@@ -338,13 +338,14 @@ def _check_older_version(record: RunRecord, what: str) -> None:
 
 
 def _free_folder(folder: Path) -> Path:
+    "The first of these folders that nobody has taken. The other ranks get rank 0's, when all have joined."
     beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
-    return next(path for path in (folder, *beside) if not path.exists() or _has_only_lock(path))
+    return next(path for path in (folder, *beside) if not path.exists() or _is_left(path))
 
 
-def _has_only_lock(path: Path) -> bool:
-    "Whether it is the folder that the first rank, of all that look for one, has found free and locked."
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {LOCK}
+def _is_left(path: Path) -> bool:
+    "Whether nothing but a lock is in it, of a process that has died."
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {LOCK} and find_holder(path) is None
 
 
 def is_finished(record: RunRecord, config: RunConfig) -> bool:
@@ -523,11 +524,12 @@ def _recorded(trainer: Trainer, record: RunRecord) -> Iterator[None]:
     if not trainer.is_global_zero:
         yield
         return
+    attempts = record.attempts
     try:
         with record.kept():
             yield
     finally:
-        if record.attempts:
+        if record.attempts > attempts:
             end_wandb(trainer.loggers)
 
 # %% ../nbs/17_trainer.ipynb #1ed06c3d

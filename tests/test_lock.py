@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import TRAIN
 
 from dlnb.config import RunConfig
 from dlnb.lock import LOCK, Process, Watch, began_at, find_holder, hold, machine, open_lock, touching
@@ -319,13 +320,22 @@ def test_a_run_of_an_older_version_is_watched_by_its_record(trained, tmp_path, m
     assert "an older version of dlnb" in capsys.readouterr().out
 
 
-def test_all_ranks_of_a_training_beside_another_find_the_folder_that_the_first_has_locked(trained):
+def test_each_of_two_trainings_beside_another_gets_a_folder_of_its_own(trained):
     config = RunConfig(**trained.settings | {"resume": "never"})
     folder = find_run(config).folder
     assert folder.name == f"{trained.folder.name}-2"
-    with hold(folder):
-        assert find_run(config).folder == folder
+    with hold(folder):  # its first rank has found it free, and has written nothing yet
+        assert find_run(config).folder.name == f"{trained.folder.name}-3"
     assert not folder.exists()
+
+
+def test_all_ranks_of_a_training_beside_another_write_into_the_first_ones_folder(papermill, tmp_path):
+    settings = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, batch_size=64, resume="never", root=tmp_path / "runs")
+    for _ in range(2):
+        job = papermill(TRAIN, **settings)
+        assert job.wait() == 0, job.log.read_text()[-2000:]
+    names = sorted(path.parent.name for path in (tmp_path / "runs").rglob("run.json"))
+    assert len(names) == 2 and names[1] == f"{names[0]}-2"
 
 
 def test_a_worker_that_cannot_be_seen_loses_its_trial_only_when_it_is_silent(tmp_path, monkeypatch):

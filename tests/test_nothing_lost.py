@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ class Scripted(DigitsNet):
 def config(root, **settings) -> RunConfig:
     "A training of two steps an epoch, on this process alone."
     small = dict(accelerator="cpu", devices=1, batch_size=64, optimizer="AdamW", trainer_args={"limit_train_batches": 2})
-    return RunConfig(model=f"{HERE}:Scripted", data="dlnb.examples:Digits", root=str(root), **{"max_epochs": 2} | small | settings)
+    task = dict(model=f"{HERE}:Scripted", data="dlnb.examples:Digits", root=str(root), max_epochs=2)
+    return RunConfig(**task | small | settings)
 
 
 def record_of(folder: Path) -> dict:
@@ -264,3 +266,80 @@ def test_what_is_due_at_the_same_step_is_written_once(tmp_path, monkeypatch):
     fit(config(tmp_path, max_epochs=2, save_every_n_steps=2))  # an epoch's steps
     names = [sorted(path.name for path in paths) for paths in written]
     assert names == [["epoch=0.ckpt", "last.ckpt"], ["last.ckpt"]]
+
+
+def test_a_run_that_continues_another_resumes_before_its_first_checkpoint(tmp_path, monkeypatch):
+    first = fit(config(tmp_path, max_epochs=1))
+    settings = config(tmp_path, resume=str(first.folder), max_epochs=3, lr=1e-4)
+    folder = stopped(monkeypatch, settings, before_step=2)
+    assert record_of(folder)["step"] == 2 and not list(folder.glob("checkpoints/*.ckpt"))
+    assert (fit(settings).step, record_of(folder)["attempts"]) == (6, 2)
+
+
+def test_a_start_that_never_began_leaves_the_record_as_it_was(tmp_path, monkeypatch):
+    record = fit(config(tmp_path))
+    before = (record.folder / "run.json").read_text()
+    shutil.rmtree(record.folder / "checkpoints")
+    with pytest.raises(ValueError, match="none of its checkpoints is left"):
+        fit(config(tmp_path, max_epochs=4))
+    assert (record.folder / "run.json").read_text() == before
+    assert fit(config(tmp_path)).status == "finished"
+
+
+def test_a_run_whose_end_failed_keeps_its_metrics(tmp_path, monkeypatch):
+    from dlnb import trainer
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no room"):
+        broken.setattr(trainer, "_keep_weights", lambda record: (_ for _ in ()).throw(OSError("no room")))
+        fit(config(tmp_path))
+    metrics = record_of(config(tmp_path).folder())["metrics"]
+    record = fit(config(tmp_path))
+    assert metrics and (record.status, record.metrics) == ("finished", metrics)
+
+
+def test_an_error_after_a_checkpoint_is_complete_says_so(tmp_path, monkeypatch):
+    from dlnb.track import RunRecord
+
+    write = RunRecord.write
+
+    def full(record):
+        if record.step == 4 and threading.current_thread() is not threading.main_thread():
+            raise OSError(28, "No space left on device", str(record.path))
+        write(record)
+
+    monkeypatch.setattr(RunRecord, "write", full)
+    with pytest.raises(OSError, match=r"last.ckpt is complete, of step 4 .* what comes after it failed.*run.json"):
+        fit(config(tmp_path, max_epochs=3))
+    assert read_manifest(config(tmp_path, max_epochs=3).folder() / "checkpoints" / "last.ckpt").step == 4
+
+
+class TwoSteps(Scripted):
+    "Two optimizer steps a batch, as a GAN has."
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = self._step(batch, "train")
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=rate) for rate in (0.01, 0.02)]
+
+
+def test_metrics_of_manual_optimization_are_neither_lost_nor_doubled(tmp_path, monkeypatch):
+    def settings(name):
+        return config(tmp_path / name, model=f"{HERE}:TwoSteps", max_epochs=4, log_every_n_steps=1)
+
+    stopped(monkeypatch, settings("killed"), before_step=12)
+    killed, whole = fit(settings("killed")).folder, fit(settings("whole")).folder
+    assert sorted((killed / "metrics.csv").read_text().split()) == sorted((whole / "metrics.csv").read_text().split())
+
+
+def test_a_place_where_no_folder_can_be_made_is_an_error():
+    from dlnb.lock import hold
+
+    with pytest.raises(OSError), hold("/proc/no/such/run"):
+        pass
