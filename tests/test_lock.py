@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TRAIN
+from conftest import TRAIN as WORKFLOW
 
 from dlnb.config import RunConfig
 from dlnb.lock import LOCK, Process, Watch, began_at, find_holder, hold, machine, open_lock, touching
@@ -332,7 +332,7 @@ def test_each_of_two_trainings_beside_another_gets_a_folder_of_its_own(trained):
 def test_all_ranks_of_a_training_beside_another_write_into_the_first_ones_folder(papermill, tmp_path):
     settings = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, batch_size=64, resume="never", root=tmp_path / "runs")
     for _ in range(2):
-        job = papermill(TRAIN, **settings)
+        job = papermill(WORKFLOW, **settings)
         assert job.wait() == 0, job.log.read_text()[-2000:]
     names = sorted(path.parent.name for path in (tmp_path / "runs").rglob("run.json"))
     assert len(names) == 2 and names[1] == f"{names[0]}-2"
