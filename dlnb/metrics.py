@@ -55,6 +55,8 @@ class MetricsFile:
         step: int,  # optimizer steps
     ) -> None:
         "Leave out what was logged at this step and after it: a training that resumes there is going to log it again."
+        for left in self.path.parent.glob(f".{self.path.name}.*.new"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         rows = [row for row in read_rows(self.path) if int(row["step"]) < step]
         if rows:
             self._write(rows)
