@@ -223,7 +223,8 @@ def assert_failed(job: Papermill, workplace: Path, *told: str) -> None:
     assert job.statuses()[2:] == ["failed", "pending"]
 
 
-BEGAN = "    open('began', 'w').write(str(time.time()))\n"
+# A while after the rank has come to the cell, so that all have: the kernel takes longer to start.
+BEGAN = "    time.sleep(5)\n    open('began', 'w').write(str(time.time()))\n"
 
 
 @pytest.mark.parametrize(
