@@ -175,7 +175,7 @@ def test_a_record_that_begins_takes_away_what_a_kill_left_and_nothing_that_anoth
         path.touch()
     os.utime(left, (time.time() - 100,) * 2)
     RunRecord(folder=tmp_path).begin()
-    assert list(tmp_path.iterdir()) == [being_written]
+    assert list(tmp_path.glob(".run.json.*.new")) == [being_written]
 
 
 def test_a_run_on_another_machine_that_is_no_longer_touched_is_interrupted(tmp_path):
