@@ -214,7 +214,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_from_zero(project, monk
         path.unlink()
     for remove in (lambda: None, lambda: (folder / "checkpoints").rmdir()):
         remove()
-        with pytest.raises(ValueError, match="has trained 10 steps, and none of its checkpoints is left .*resume='never'"):
+        with pytest.raises(ValueError, match="has trained 13 steps, and none of its checkpoints is left .*resume='never'"):
             project.fit()
     assert project.fit(resume="never").folder.name == f"{folder.name}-2"
     (folder / "run.json").unlink()
