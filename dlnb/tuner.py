@@ -619,10 +619,10 @@ def tune(
     record = RunRecord.read_or_new(search.folder, "tune")
     record.settings = config.model_dump()
     record.resolved = {"study": search.name, "strategy": search.config.resolved.strategy}
-    record.begin()
-    record.write()
-    record.announce()
     with record.kept():
+        record.begin()
+        record.write()
+        record.announce()
         try:
             done = search.run(Line().show)
         finally:
