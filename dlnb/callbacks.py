@@ -422,13 +422,6 @@ STEPS = (
 )
 
 
-def _dismiss_observer() -> None:
-    "Lightning's observer kills rank 0 when another rank has ended, before it can say anything. Whoever watches here does both."
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # of which all have then ended well
-
-
 class MarkProgress(Callback):
     "Counts every step of a training, a test or a prediction, where somebody watches over it."
 
@@ -441,8 +434,6 @@ class MarkProgress(Callback):
 
     def mark(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         "Note that this rank is a step further."
-        if self.progress is None and PROGRESS in os.environ:
-            _dismiss_observer()
         if self.progress is None and self.timeout and (folder := os.environ.get(PROGRESS)):
             with suppress(OSError):  # the folder may just have been swept from the temporary folder
                 self.progress = Progress(Path(folder), trainer.global_rank, self.timeout)

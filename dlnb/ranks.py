@@ -6,8 +6,9 @@
 __all__ = ['CAUSE_GRACE', 'LINGER', 'SCRIPT', 'KEEP_EVERY', 'TOUCH_EVERY', 'LEFT', 'SUPERVISOR', 'LOST', 'CHUNK', 'external_rank',
            'is_first', 'job_environment', 'Rank', 'read_ranks', 'job_folder', 'kept', 'restore', 'report_interrupts',
            'send_all_output', 'leave_interactive', 'redirect_output', 'run_rank', 'process_mark', 'end_with_supervisor',
-           'prepare_kernel', 'describe_exit', 'find_failure', 'remoteness', 'is_consequence', 'find_cause',
-           'early_leavers', 'is_starting', 'LogFollower', 'guard', 'group_members', 'signal_group', 'end_group']
+           'AfterImport', 'leave_watching_to_supervisor', 'prepare_kernel', 'describe_exit', 'find_failure',
+           'remoteness', 'is_consequence', 'find_cause', 'early_leavers', 'is_starting', 'LogFollower', 'guard',
+           'group_members', 'signal_group', 'end_group']
 
 # %% ../nbs/18_ranks.ipynb #80312099
 import codecs
@@ -22,15 +23,20 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from .lock import began_at
 from .track import await_job_folder
 
 CAUSE_GRACE = 4.0  # seconds for the rank that has failed to say so, after another one has lost its connection
-LINGER = 3.0  # seconds that a failed rank stays: Lightning kills the kernel when one leaves, before the kernel can say anything
+LINGER = 3.0  # seconds that a failed rank stays: torchrun ends the others when one leaves, before rank 0 can say anything
 
 # %% ../nbs/18_ranks.ipynb #69e6d05e
 def external_rank() -> int | None:
@@ -376,6 +382,39 @@ def _watch_supervisor(mark: str) -> None:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
 
+# %% ../nbs/18_ranks.ipynb #f0ea6fce
+class AfterImport(MetaPathFinder):
+    "Changes a module as soon as it has been imported; stands in `sys.meta_path` until then."
+
+    def __init__(
+        self,
+        name: str,  # the module's
+        change: Callable[[ModuleType], None],
+    ):
+        self.name, self.change = name, change
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        if spec := find_spec(name):
+            spec.loader.exec_module = partial(self._execute, spec.loader.exec_module)
+        return spec
+
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        self.change(module)
+
+# %% ../nbs/18_ranks.ipynb #3104fd2d
+def _start_no_observer(launcher: ModuleType) -> None:
+    launcher._launch_process_observer = lambda processes: None
+
+
+def leave_watching_to_supervisor() -> None:
+    "Keep Lightning, and its Fabric, from ending this process when another rank has ended. Call it before it is imported."
+    for package in ("lightning.fabric", "lightning_fabric"):
+        sys.meta_path.insert(0, AfterImport(f"{package}.strategies.launchers.subprocess_script", _start_no_observer))
+
 
 def prepare_kernel(
     script: str,  # what Lightning starts for every other rank
@@ -384,6 +423,7 @@ def prepare_kernel(
     from IPython import get_ipython
 
     end_with_supervisor()
+    leave_watching_to_supervisor()
     report_interrupts(get_ipython())
     send_all_output(get_ipython().kernel)
     leave_interactive(script)
