@@ -115,10 +115,10 @@ def temporary(monkeypatch):
 def training(papermill, tmp_path):
     "Start a training of many steps on two ranks, with a line of the training step."
 
-    def start(step: str = "pass", **settings):
+    def start(step: str = "pass", launcher: tuple[str, ...] = (), **settings):
         (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step=step))
         given = dict(model=f"{tmp_path}/slow.py:Slow", strategy="ddp", devices=2, accelerator="cpu", root=str(tmp_path / "runs"))
-        return papermill(TRAIN, **given | settings)
+        return papermill(TRAIN, launcher=launcher, **given | settings)
 
     return start
 
@@ -291,9 +291,13 @@ def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training,
     assert record(tmp_path)["status"] in ("running", "stopped", "failed", "preempted") and job.leftover() == []
 
 
-def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path):
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")  # every rank has its own papermill, and sees only itself
+
+
+@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.soak)], ids=["Lightning", "torchrun"])
+def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path, launcher):
     step = "if self.trainer.global_rank == 1 and self.trainer.global_step == 5: __import__('threading').Event().wait()"
-    job = training(step, max_epochs=500, progress_timeout=15)
+    job = training(step, launcher, max_epochs=500, progress_timeout=15)
     assert job.wait() == 1, job.log.read_text()[-2000:]
     _, error, stacks = job.errors()[0]
     assert error.startswith("NoProgress: [rank 1]") and "rank 1 is behind" in error
