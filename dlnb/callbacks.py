@@ -8,6 +8,7 @@ __all__ = ['WORKER_GRACE', 'ASK_EVERY', 'NEVER', 'STEPS', 'describe_run', 'RunRe
            'NotebookProgressBar', 'progress_bar', 'LoadWeights']
 
 # %% ../nbs/14_callbacks.ipynb #d350fb26
+import multiprocessing
 import os
 import signal
 import sys
@@ -153,7 +154,14 @@ class Preempted(SystemExit):
 WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while the training saves
 
 
+def _end_with_trainer() -> None:
+    "A loading process of torch looks for its parent's death too, but not for one that came before it had begun."
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _init_worker(is_over: Any, init: Callable[[int], None] | None, worker: int) -> None:
+    threading.Thread(target=_end_with_trainer, name="dlnb-trainer-watch", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: os._exit(0) if is_over.value else signal.alarm(WORKER_GRACE))
     if init is not None:
@@ -164,7 +172,7 @@ def _with_patient_workers(
     loader: Any,
     is_over: Any,  # a value in shared memory: whether the training has ended, and nobody needs the workers any more
 ) -> Any:
-    "A scheduler's signal reaches loading processes too; one that ended at once would fail the training before it has saved."
+    "A scheduler's signal reaches loading processes too: they stay until the training has saved, and no longer than it lives."
     if isinstance(loader, DataLoader) and getattr(loader.worker_init_fn, "func", None) is not _init_worker:
         loader.worker_init_fn = partial(_init_worker, is_over, loader.worker_init_fn)
     return loader

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -190,6 +192,41 @@ def test_no_orphan_is_left_when_papermill_and_its_guard_are_killed(papermill, tm
     while (left := started_by(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     job.family |= {process.pid: process for process in left}  # which are ended
+    assert left == []
+
+
+def test_no_loading_process_is_left_when_its_training_dies_before_it_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
+    (tmp_path / "dies.py").write_text("""
+import multiprocessing, os, sys, time, torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+from dlnb.config import RunConfig
+from dlnb.examples import DigitsNet
+from dlnb.trainer import fit
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        samples = TensorDataset(torch.rand(64, 64), torch.zeros(64, dtype=torch.long))
+        return DataLoader(samples, batch_size=8, num_workers=1, worker_init_fn=lambda _: time.sleep(2))
+
+class Dies(DigitsNet):
+    def on_fit_start(self):  # the optimizer's schedule has asked for the number of batches: the loading process has been started
+        print(len(multiprocessing.active_children()), "started", flush=True)
+        os._exit(9)
+
+if __name__ == "__main__":
+    task = dict(model=f"{__file__}:Dies", data=f"{__file__}:Data", accelerator="cpu", devices=1)
+    fit(RunConfig(**task, max_epochs=2, root=sys.argv[1]))
+""")
+    command = [sys.executable, str(tmp_path / "dies.py"), str(tmp_path / "runs")]
+    with (tmp_path / "out").open("w") as out:  # a pipe would be waited for as long as the loading process has it
+        assert subprocess.run(command, stdout=out, stderr=out, timeout=120).returncode == 9
+    assert "1 started" in (tmp_path / "out").read_text()
+    deadline = time.monotonic() + 20
+    while (left := started_by(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    [process.kill() for process in left]
     assert left == []
 
 
