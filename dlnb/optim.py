@@ -14,10 +14,12 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
@@ -158,18 +160,26 @@ def _missing_tools(optimizer: str, device: str) -> list[str]:
     tools = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(tool) is None]
     return tools + (["nvcc"] if optimizer == "FusedAdam" and device == "cuda" and CUDA_HOME is None else [])
 
+# %% ../nbs/02_optim.ipynb #6c70f8a8
+def _has_open(process: psutil.Process, path: Path) -> bool:
+    try:
+        return any(Path(file.path) == path for file in process.open_files())
+    except psutil.Error:  # it has ended, or is another user's
+        return False
+
 
 def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
     "Waits for the process that compiles in `folder`; breaks the lock of a killed one, for which torch waits forever."
-    lock = folder / "lock"
+    lock = folder.resolve() / "lock"
     if lock.exists():
-        rank_zero_info(f"Waiting for a process that compiles in {folder}, until nothing changes for {patience:.0f} s.")
+        rank_zero_info(f"Waiting for a process that compiles in {folder}.")
     while lock.exists():
-        if time.time() - max(path.stat().st_mtime for path in (folder, lock)) > patience:
-            rank_zero_warn(f"{lock} was left by a process that no longer runs; removed")
-            lock.unlink(missing_ok=True)
-        else:
-            time.sleep(0.2)
+        time.sleep(0.2)
+        with suppress(FileNotFoundError):  # it may be done by now
+            idle = time.time() - max(path.stat().st_mtime for path in (folder, lock))
+            if idle > patience and not any(_has_open(process, lock) for process in psutil.process_iter()):
+                rank_zero_warn(f"{lock} was left by a process that no longer runs; removed")
+                lock.unlink(missing_ok=True)
 
 # %% ../nbs/02_optim.ipynb #534e1148
 def build_problem(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from glob import glob
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,27 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
 INFER = TRAIN.with_name("infer.ipynb")
+
+
+COMPILE = "from dlnb.optim import build_problem; [build_problem(name) for name in ('DeepSpeedCPUAdam', 'FusedAdam')]"
+
+
+def is_compiled(operator: str) -> bool:
+    "Whether torch's cache has DeepSpeed's operator, compiled against the torch of this environment."
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions/*")).expanduser()
+    for rules in map(Path, glob(f"{cache}/{operator}/build.ninja")):
+        library = rules.with_name(f"{operator}.so")
+        if sys.prefix in rules.read_text() and library.exists() and library.stat().st_mtime > rules.stat().st_mtime:
+            return True
+    return False
+
+
+def pytest_sessionstart(session):
+    "DeepSpeed's operators are compiled before the tests begin: beside them it takes longer than a test may."
+    idle = hasattr(session.config, "workerinput") or session.config.option.collectonly
+    if not idle and not all(map(is_compiled, ("cpu_adam", "fused_adam"))):
+        print("Compiling DeepSpeed's optimizers, once for this environment; it takes a few minutes.", flush=True)
+        subprocess.run([sys.executable, "-c", COMPILE], timeout=1200)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+import warnings
 
 import pytest
 import torch
@@ -142,19 +142,27 @@ def test_ninja_is_found_beside_python_in_an_environment_that_is_not_activated(mo
     assert shutil.which("ninja") == str(beside / "ninja")
 
 
-def test_the_lock_of_a_killed_build_is_broken_and_that_of_a_live_one_is_not(tmp_path):
+HOLDER = """
+import os, sys, time
+lock = sys.argv[1]
+os.open(lock, os.O_CREAT | os.O_EXCL)  # as torch.utils.file_baton.FileBaton does
+[os.utime(path, (time.time() - 1000,) * 2) for path in (lock, os.path.dirname(lock))]
+print("held", flush=True)
+time.sleep(2)
+os.unlink(lock) if sys.argv[2] == "ends" else os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("what", ["ends", "is killed"])
+def test_the_lock_of_a_killed_build_is_broken_and_that_of_a_live_one_is_not_however_long_it_takes(tmp_path, what):
     lock = tmp_path / "lock"
-    lock.touch()
-    for path in (lock, tmp_path):
-        os.utime(path, (time.time() - 1000,) * 2)
-    with pytest.warns(UserWarning, match="no longer runs"):
-        optim._wait_for_builder(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock), what], stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout.readline() == "held\n"
+        with warnings.catch_warnings(record=True) as warned:
+            optim._wait_for_builder(tmp_path)
+    assert builder.returncode == (0 if what == "ends" else 9), "a live one removes its own lock"
+    assert ["no longer runs" in str(warning.message) for warning in warned] == ([] if what == "ends" else [True])
     assert not lock.exists()
-    script = f"import time, pathlib; time.sleep(2); pathlib.Path({str(lock)!r}).unlink()"
-    lock.touch()
-    builder = subprocess.Popen([sys.executable, "-c", script])
-    optim._wait_for_builder(tmp_path)
-    assert builder.wait() == 0  # it was there to remove its own lock
 
 
 # ---- parameter groups
