@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unknown']
 
-# %% ../nbs/00_errors.ipynb #e8c8f604
+# %% ../nbs/00_errors.ipynb #0f9fb087
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any

@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from dlnb.ranks import guard
+from dlnb.system.process_group import guard
 
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel")

@@ -10,7 +10,9 @@ import traceback
 import pytest
 import torch
 
-from dlnb.checkpoint import KEY, UNFINISHED, Manifest, Write, Writer, find_checkpoint, tidy
+from dlnb.checkpoint.manifest import KEY, Manifest
+from dlnb.checkpoint.search import UNFINISHED, find_checkpoint, tidy
+from dlnb.checkpoint.writer import Write, Writer
 
 EVENTS = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copytree", "shutil.rmtree")
 SIZE = 50_000  # elements of the tensor in a checkpoint

@@ -10,7 +10,7 @@ from wandb_files import wandb_runs
 from safetensors.torch import load_file
 
 from dlnb.engine import launch
-from dlnb.trainer import build_model
+from dlnb.training.build import build_model
 
 pytestmark = pytest.mark.timeout(300)
 

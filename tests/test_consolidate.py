@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dlnb.consolidate import consolidate
-from dlnb.layout import read_layout
+from dlnb.formats.reader import read_layout
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,7 +15,7 @@ from foreign_files import BAD, good_header, index, make, safetensors, tensor
 from safetensors.torch import load_file, save_file
 
 from dlnb.consolidate import consolidate
-from dlnb.layout import read_layout
+from dlnb.formats.reader import read_layout
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -17,9 +17,11 @@ from nbformat.v4 import new_output
 from test_engine import RANKS, assert_failed, run  # noqa: F401
 
 from dlnb.config import RunConfig
-from dlnb.ranks import LogFollower, Rank, find_cause
-from dlnb.supervisor import Terminal
-from dlnb.trial import run_trial
+from dlnb.launch.failure import find_cause
+from dlnb.launch.logs import LogFollower
+from dlnb.launch.rank_record import Rank
+from dlnb.launch.terminal import Terminal
+from dlnb.search.trial import run_trial
 
 pytestmark = pytest.mark.timeout(240)
 

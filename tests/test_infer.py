@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from dlnb.config import RunConfig
 from dlnb.engine import launch
-from dlnb.trainer import build_data, build_model, evaluate, predict
-from dlnb.weights import find_weights, inference_config
+from dlnb.infer import evaluate, predict
+from dlnb.training.build import build_data, build_model
+from dlnb.checkpoint.weights import find_weights, inference_config
 
 pytestmark = pytest.mark.timeout(300)
 QUIET = {"enable_progress_bar": False}
@@ -168,7 +169,8 @@ def test_a_data_module_of_ones_own_gives_each_sample_once_on_two_ranks(tmp_path)
 AGAIN = """
 import sys
 from dlnb.config import RunConfig
-from dlnb.trainer import evaluate, fit
+from dlnb.infer import evaluate
+from dlnb.trainer import fit
 
 task = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", accelerator="cpu", devices=2, max_epochs=1)
 for strategy in ("deepspeed_stage_3", "ddp"):

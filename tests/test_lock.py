@@ -18,9 +18,13 @@ import pytest
 from conftest import TRAIN as WORKFLOW
 
 from dlnb.config import RunConfig
-from dlnb.lock import LOCK, Process, Watch, began_at, find_holder, hold, machine, open_lock, touching
+from dlnb.system.heartbeat import touching
+from dlnb.system.lock import LOCK, Watch, find_holder, hold, open_lock
+from dlnb.system.processes import Process, began_at, machine
 from dlnb.track import RunRecord, runs
-from dlnb.trainer import evaluate, find_run, fit
+from dlnb.infer import evaluate
+from dlnb.trainer import fit
+from dlnb.training.start import find_run
 
 pytestmark = pytest.mark.timeout(180)
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
@@ -50,7 +54,7 @@ def running(*command: str):
 
 HOLD = """
 import os, shutil, sys, time
-from dlnb.lock import hold
+from dlnb.system.lock import hold
 with hold(sys.argv[1], "trained"):
     {}
     print(os.getpid(), flush=True)
@@ -138,7 +142,7 @@ class SlowNet(DigitsNet):
         Path(__file__).with_name("begun").touch()
         time.sleep(100)
 """
-EVALUATE = "import sys; from dlnb.trainer import evaluate; evaluate(sys.argv[1], **eval(sys.argv[2]))"
+EVALUATE = "import sys; from dlnb.infer import evaluate; evaluate(sys.argv[1], **eval(sys.argv[2]))"
 
 
 @isolated
@@ -159,7 +163,7 @@ def test_of_many_that_begin_at_once_one_gets_the_run(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from dlnb.lock import hold
+from dlnb.system.lock import hold
 root = Path(sys.argv[1])
 while not (root / "go").exists(): time.sleep(0.001)
 try:
@@ -254,11 +258,11 @@ def test_a_process_that_cannot_be_seen_is_taken_for_dead_when_it_is_silent(tmp_p
 def test_of_two_that_take_a_dead_run_over_where_locks_do_not_reach_one_gives_way(tmp_path):
     sign(tmp_path, Process("node7", "another boot", 1, 1.0))
     code = f"""
-import time, dlnb.lock
-dlnb.lock._lock = lambda descriptor: True
-dlnb.lock.machine = lambda: "another one"
+import time, dlnb.system.lock, dlnb.system.processes
+dlnb.system.lock._lock = lambda descriptor: True
+dlnb.system.processes.machine = lambda: "another one"
 try:
-    with dlnb.lock.hold({str(tmp_path)!r}, watch=3): print("held", flush=True), time.sleep(100)
+    with dlnb.system.lock.hold({str(tmp_path)!r}, watch=3): print("held", flush=True), time.sleep(100)
 except ValueError: print("refused", flush=True)
 """
     with running(sys.executable, "-c", code) as one, running(sys.executable, "-c", code) as other:
@@ -305,10 +309,10 @@ OLD = {"mode": "train", "status": "running", "attempts": 1, "host": "node7", "pi
 
 
 def test_a_run_of_an_older_version_is_watched_by_its_record(trained, tmp_path, monkeypatch, capsys):
-    from dlnb import trainer
+    from dlnb.training import start
 
-    waited, beats = [], trainer.beats
-    monkeypatch.setattr(trainer, "beats", lambda path, seconds: waited.append(seconds) or beats(path, 1))  # not 40 s
+    waited, beats = [], start.beats
+    monkeypatch.setattr(start, "beats", lambda path, seconds: waited.append(seconds) or beats(path, 1))  # not 40 s
     config = RunConfig(**trained.settings | {"root": str(tmp_path)})
     config.folder().mkdir(parents=True)
     record = config.folder() / "run.json"
@@ -342,12 +346,13 @@ def test_a_worker_that_cannot_be_seen_loses_its_trial_only_when_it_is_silent(tmp
     "Its clock is an hour behind."
     import optuna
 
-    from dlnb import tuner
+    from dlnb.search import trial_queue
+    from dlnb.search.storage import open_storage
 
-    monkeypatch.setattr(tuner, "LOST", 0.5)
-    storage = tuner.open_storage(None, tmp_path)
+    monkeypatch.setattr(trial_queue, "LOST", 0.5)
+    storage = open_storage(None, tmp_path)
     optuna.create_study(study_name="study", storage=storage)
-    rows = tuner.Rows("study", storage, 1, tmp_path)
+    rows = trial_queue.Rows("study", storage, 1, tmp_path)
     row = rows.take()
     far = {"host": "node7", "machine": "another boot", "pid": 1, "began": 1.0}
     rows.storage.set_trial_user_attr(row._trial_id, "worker", far)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlnb.checkpoint import read_manifest
+from dlnb.checkpoint.manifest import read_manifest
 from dlnb.config import RunConfig
 from dlnb.examples import DigitsNet
 from dlnb.trainer import fit
@@ -104,7 +104,8 @@ def test_the_record_claims_no_epoch_that_is_not_on_the_disk(tmp_path):
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(HERE.parent)!r})
-from dlnb.checkpoint import read_manifest, Writer
+from dlnb.checkpoint.manifest import read_manifest
+from dlnb.checkpoint.writer import Writer
 from dlnb.track import RunRecord
 from dlnb.trainer import fit
 from test_nothing_lost import config
@@ -193,7 +194,7 @@ def test_metrics_survive_a_second_kill_before_the_first_step(tmp_path, monkeypat
     before = (folder / "metrics.csv").read_text()
     assert len(before.splitlines()) > 4
     monkeypatch.setattr(Scripted, "on_fit_start", lambda self: os._exit(9), raising=False)
-    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_nothing_lost as t; from dlnb.config import load_class; "
+    code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_nothing_lost as t; from dlnb.settings.import_path import load_class; "
     code += "net = load_class(f'{t.HERE}:Scripted'); net.on_fit_start = lambda self: __import__('os')._exit(9); "
     code += f"t.fit(t.config({str(tmp_path)!r}, max_epochs=4, log_every_n_steps=1))"
     for _ in range(2):
@@ -241,7 +242,7 @@ def test_a_full_disk_is_in_the_record_and_its_error_names_the_file(tmp_path):
         pytest.skip("a small filesystem cannot be mounted here")
     try:
         code = f"import sys; sys.path.insert(0, {str(HERE.parent)!r}); import test_nothing_lost as t; "
-        code += "from dlnb.metrics import MetricsFile; from pathlib import Path; save = MetricsFile.save\n"
+        code += "from dlnb.tracking.metrics import MetricsFile; from pathlib import Path; save = MetricsFile.save\n"
         code += f"filler = Path({str(disk)!r}) / 'filler'\n"
         code += "def full(self):\n    try: filler.open('ab', buffering=0).write(bytes(1 << 20))\n    except OSError: pass\n    save(self)\n"
         code += "MetricsFile.save = full\n"
@@ -258,7 +259,7 @@ def test_a_full_disk_is_in_the_record_and_its_error_names_the_file(tmp_path):
 
 
 def test_what_is_due_at_the_same_step_is_written_once(tmp_path, monkeypatch):
-    from dlnb.resume import AtomicCheckpoint
+    from dlnb.checkpoint.model_checkpoint import AtomicCheckpoint
 
     written = []
     save = AtomicCheckpoint.writer.write
@@ -339,7 +340,7 @@ def test_metrics_of_manual_optimization_are_neither_lost_nor_doubled(tmp_path, m
 
 
 def test_a_place_where_no_folder_can_be_made_is_an_error():
-    from dlnb.lock import hold
+    from dlnb.system.lock import hold
 
     with pytest.raises(OSError), hold("/proc/no/such/run"):
         pass

@@ -20,8 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from dlnb import plots, predictions
-from dlnb.predictions import PredictionWriter, merge_predictions
+from dlnb.predictions import arrow_file, merge, plots
+from dlnb.predictions.arrow_file import part_file
+from dlnb.predictions.columns import batch_table
+from dlnb.predictions.merge import merge_predictions
+from dlnb.predictions.writer import PredictionWriter
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
 QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -35,7 +38,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dlnb.data import DataModule
-from dlnb.predictions import PredictionWriter, merge_predictions
+from dlnb.predictions.merge import merge_predictions
+from dlnb.predictions.writer import PredictionWriter
 
 faulthandler.dump_traceback_later(80)  # where it hangs, should it
 devices, folder, is_first_attempt = int(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
@@ -206,11 +210,11 @@ def write_parts(folder: Path, shares: list[list[list[int]]]) -> None:
     "The files of ranks that predicted these batches of samples."
     (folder / ".predictions").mkdir(parents=True, exist_ok=True)
     for rank, batches in enumerate(shares):
-        part = predictions._part(folder, rank, len(shares))
+        part = part_file(folder, rank, len(shares))
         for batch in batches:
             samples = np.array(batch, np.int64)
             values = {name: values(samples) for name, values in VALUES.items()}
-            part.write(predictions._table(samples, None, values))
+            part.write(batch_table(samples, None, values))
         part.finish()
 
 
@@ -231,7 +235,9 @@ def small_sizes(monkeypatch):
     "So that a few rows make several pieces, stretches, row groups and merges of merges."
     sizes = dict(PIECE_BYTES=100, STRETCH_BYTES=400, GROUP_BYTES=700, FILES_AT_ONCE=3)
     for name, size in sizes.items():
-        monkeypatch.setattr(predictions, name, size)
+        for module in (arrow_file, merge):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, size)
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +290,8 @@ def test_too_few_and_too_many_samples_are_refused_and_an_earlier_table_stays(tmp
 
 def test_a_full_disk_leaves_no_table_and_the_parts_for_another_try(tmp_path):
     (tmp_path / ".predictions").mkdir()
-    part, scores = predictions._part(tmp_path, 0, 1), torch.rand(50_000)
-    part.write(predictions._table(np.arange(50_000), None, {"prediction": scores}))
+    part, scores = part_file(tmp_path, 0, 1), torch.rand(50_000)
+    part.write(batch_table(np.arange(50_000), None, {"prediction": scores}))
     part.finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -411,7 +417,8 @@ import resource, sys
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
-from dlnb.predictions import PredictionWriter, merge_predictions
+from dlnb.predictions.merge import merge_predictions
+from dlnb.predictions.writer import PredictionWriter
 
 class Numbers:
     def __init__(self, length): self.length = length

@@ -16,14 +16,19 @@ import pytest
 from conftest import REPOSITORY, TRAIN
 
 from dlnb.config import RunConfig
-from dlnb.engine import parameter_names
-from dlnb.tuner import StudyConfig
-from dlnb.weights import INFERENCE
+from dlnb.launch.parameters import parameter_names
+from dlnb.search.study import StudyConfig
+from dlnb.checkpoint.weights import INFERENCE
 
-CHAPTERS = sorted((REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
+CHAPTERS = sorted((REPOSITORY / "nbs").rglob("[0-9]*.ipynb"))
 NOTEBOOKS = sorted(path for path in (REPOSITORY / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-MODULES = sorted(path for path in (REPOSITORY / "dlnb").glob("*.py") if path.stem not in ("__init__", "_modidx"))
+MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.stem not in ("__init__", "_modidx"))
 INDEX = REPOSITORY / "nbs" / "index.ipynb"
+# A module imports from what stands before its own place here; within a package, from chapters of a lower number.
+ORDER = (
+    "errors system formats consolidate data optim strategy settings config tracking track checkpoint callbacks predictions "
+    "training trainer infer launch engine search tuner examples"
+).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
 
 
@@ -41,33 +46,59 @@ def copy(tmp_path_factory):
     return folder
 
 
+def name_of(path: Path) -> str:
+    "A module's or a chapter's full name without `dlnb.`: its place in the package."
+    root = "dlnb" if path.suffix == ".py" else "nbs"
+    *folders, last = path.relative_to(REPOSITORY / root).with_suffix("").parts
+    return ".".join([*folders, last if path.suffix == ".py" else last[3:]])
+
+
+def imports(path: Path) -> set[str]:
+    "The modules of dlnb that one imports, at its top or inside a function, by whatever form."
+    package, found = ["dlnb", *name_of(path).split(".")[:-1]], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("dlnb.") for name in found if name.startswith("dlnb.")} & {name_of(other) for other in MODULES}
+
+
 def test_there_is_something_to_check():
-    assert len(CHAPTERS) >= 10 and len(MODULES) == len(CHAPTERS) and len(WORKFLOWS) >= 1
+    assert len(CHAPTERS) >= 60 and len(MODULES) == len(CHAPTERS) and len(WORKFLOWS) >= 1
+    assert sum(bool(imports(module)) for module in MODULES) > 40
+    assert {name_of(module).partition(".")[0] for module in MODULES} == set(ORDER)
 
 
 def test_the_package_is_what_the_notebooks_export(copy):
-    for module in (copy / "dlnb").glob("*.py"):
+    for module in (copy / "dlnb").rglob("*.py"):
         module.unlink()
     (copy / "dlnb" / "__init__.py").write_text("")
     done = run("nbdev_export", cwd=copy)
     assert done.returncode == 0, done.stderr
-    for module in sorted((REPOSITORY / "dlnb").glob("*.py")):
-        assert (copy / "dlnb" / module.name).read_bytes() == module.read_bytes(), f"{module.name} is not exported"
+    for module in sorted((REPOSITORY / "dlnb").rglob("*.py")):
+        name = module.relative_to(REPOSITORY)
+        assert (copy / name).read_bytes() == module.read_bytes(), f"{name} is not exported"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_every_module_names_a_notebook_that_exists(module):
-    named = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)\.", module.read_text())
+    named = re.search(r"File to edit: (?:\.\./)+(nbs/\S+\.ipynb)\.", module.read_text())
     assert named and (REPOSITORY / named[1]).is_file()
-    assert re.fullmatch(rf"\d\d_{module.stem}", (REPOSITORY / named[1]).stem)
+    assert name_of(REPOSITORY / named[1]) == name_of(module)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_lower_numbered_ones(module):
-    numbers = {path.stem[3:]: int(path.stem[:2]) for path in CHAPTERS}
-    tree = ast.parse(module.read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
-    assert all(numbers[name] < numbers[module.stem] for name in imported), imported
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_a_module_imports_only_what_stands_before_it(module):
+    numbers = {name_of(path): int(path.stem[:2]) for path in CHAPTERS}
+
+    def place(name: str) -> tuple[int, int]:
+        package, _, inner = name.partition(".")
+        return ORDER.index(package), numbers[name] if inner else 0
+
+    assert [name for name in imports(module) if place(name) >= place(name_of(module))] == []
 
 
 def test_every_package_that_is_imported_is_required():
@@ -99,7 +130,7 @@ def test_the_notebooks_are_clean(copy):
     assert [path.name for path, content in before.items() if path.read_bytes() != content] == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(REPOSITORY / "nbs").as_posix())
 def test_a_notebook_shows_its_outputs_and_no_error(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
@@ -109,12 +140,11 @@ def test_a_notebook_shows_its_outputs_and_no_error(path):
     assert str(REPOSITORY) not in path.read_text()
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_a_chapter_opens_as_all_do(path):
     cells = nbformat.read(path, 4).cells
-    module = path.stem[3:]
-    assert cells[0].source == f"#| default_exp {module}"
-    assert re.match(rf"# {module}\n\n> \S", cells[1].source)
+    assert cells[0].source == f"#| default_exp {name_of(path)}"
+    assert re.match(rf"# {name_of(path)}\n\n> \S", cells[1].source)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -160,7 +190,7 @@ def execute(path: Path, folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix())
 def test_a_notebook_runs_from_top_to_bottom(path, executions):
     executions[path].result()
 
@@ -197,5 +227,8 @@ def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
 
 def test_the_readme_maps_every_notebook():
     readme = (REPOSITORY / "README.md").read_text()
-    for path in NOTEBOOKS:
+    chapters = [path for path in CHAPTERS if path.parent.name != "nbs"]
+    for path in set(NOTEBOOKS) - set(chapters):
         assert path.relative_to(REPOSITORY).as_posix() in readme, path
+    for path in chapters:
+        assert f"({path.name})" in path.with_name("index.ipynb").read_text(), path

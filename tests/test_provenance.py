@@ -12,13 +12,16 @@ import torch
 from conftest import write_notebook
 from lightning.pytorch import LightningDataModule
 
-from dlnb.checkpoint import read_manifest
+from dlnb.checkpoint.manifest import read_manifest
 from dlnb.config import RunConfig
 from dlnb.data import DataModule
 from dlnb.examples import Digits
-from dlnb.provenance import changed, source_hashes
-from dlnb.track import RunRecord, package_versions
-from dlnb.trainer import build_data, build_model, evaluate, fit
+from dlnb.tracking.sources import changed, source_hashes
+from dlnb.tracking.environment import package_versions
+from dlnb.track import RunRecord
+from dlnb.infer import evaluate
+from dlnb.trainer import fit
+from dlnb.training.build import build_data, build_model
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -202,7 +205,7 @@ def test_data_of_another_length_is_refused_within_an_epoch_and_reported_between_
 def test_other_versions_are_reported_before_the_first_step(project, monkeypatch, capsys):
     versions = package_versions()
     with monkeypatch.context() as patch:
-        patch.setattr("dlnb.resume.package_versions", lambda: versions | {"torch": "2.6.0"})
+        patch.setattr("dlnb.checkpoint.training_manifest.package_versions", lambda: versions | {"torch": "2.6.0"})
         stop(project, patch, step=3)
     assert project.fit().step == 20
     assert f"torch was 2.6.0 then, and is {versions['torch']} now." in capsys.readouterr().out
@@ -229,8 +232,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(project,
 
 def test_what_an_older_dlnb_did_not_note_is_not_compared(project, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("dlnb.trainer.source_hashes", lambda *classes: {})
-        patch.setattr("dlnb.resume.sample_counts", lambda trainer: {})
+        patch.setattr("dlnb.training.build.source_hashes", lambda *classes: {})
+        patch.setattr("dlnb.checkpoint.training_manifest.sample_counts", lambda trainer: {})
         stop(project, patch, step=13)
     project.edit("net", "FACTOR = 2.0", "FACTOR = 4.0")
     monkeypatch.setenv("POINTS", "60")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlnb.query import mask
+from dlnb.tracking.query import mask
 from dlnb.track import RunRecord, best, prune, runs
 
 TABLE = pandas.DataFrame(

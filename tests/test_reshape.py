@@ -12,8 +12,8 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.torch import load_file
 
-from dlnb.layout import read_optimizer_states
-from dlnb.reshape import read_elements
+from dlnb.formats.optimizer_states import read_optimizer_states
+from dlnb.formats.elements import read_elements
 
 TRACED = REPOSITORY / "tests" / "traced.py"
 STOPPED_AT = 55  # the last checkpoint before step 58, in the middle of the second of three epochs of 39 steps

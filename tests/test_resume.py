@@ -145,7 +145,7 @@ def elsewhere(place: Path, number: int) -> tuple[Path, str]:
 
 def claims(folder: Path) -> None:
     "The record says no more than the disk holds."
-    from dlnb.checkpoint import read_manifest
+    from dlnb.checkpoint.manifest import read_manifest
 
     record = json.loads((folder / "run.json").read_text())
     found = [read_manifest(path).step for path in (folder / "checkpoints").glob("*.ckpt")]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlnb.checkpoint import KEY
+from dlnb.checkpoint.manifest import KEY
 from dlnb.config import RunConfig
-from dlnb.lock import LOCK, Process, began_at, machine
+from dlnb.system.lock import LOCK
+from dlnb.system.processes import Process, began_at, machine
 from dlnb.trainer import fit
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})

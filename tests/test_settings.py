@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from dlnb.config import RunConfig
-from dlnb.tuner import StudyConfig, read_space
+from dlnb.search.space import read_space
+from dlnb.search.study import StudyConfig
 
 DIGITS = {"model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits", "accelerator": "cpu", "devices": 1}
 LONG = "x" * 300

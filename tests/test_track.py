@@ -13,7 +13,8 @@ import pytest
 from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
-from dlnb.track import RunRecord, best, compare, plot_runs, prune, read_records, runs
+from dlnb.tracking.catalogue import read_records
+from dlnb.track import RunRecord, best, compare, plot_runs, prune, runs
 from dlnb.trainer import fit
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
@@ -46,7 +47,7 @@ def test_the_record_tells_what_a_run_was(root):
 
 
 def test_the_code_version_is_that_of_the_folder_one_is_in(tmp_path, monkeypatch):
-    from dlnb.track import code_version
+    from dlnb.tracking.environment import code_version
 
     monkeypatch.chdir(tmp_path)
     assert code_version() == {}
@@ -73,7 +74,7 @@ def test_compare_shows_only_what_differs(root):
 
 
 def test_the_best_run_is_found_and_can_be_used(root, tmp_path):
-    from dlnb.trainer import evaluate
+    from dlnb.infer import evaluate
 
     folder = best(root)
     scores = runs(root, where="status == 'finished'").set_index("run")["best_score"]
@@ -211,7 +212,7 @@ def test_the_parameters_of_a_study_are_an_artifact_wherever_they_lie(tmp_path, m
 
 
 def test_a_test_follows_its_training_to_wandb_in_a_project_of_its_own(tmp_path):
-    from dlnb.trainer import evaluate
+    from dlnb.infer import evaluate
 
     trained = fit(RunConfig(**TASK, max_epochs=1, wandb="offline", root=str(tmp_path)))
     for _ in range(2):  # into the same folder

@@ -18,9 +18,11 @@ import torch
 from test_reshape import Training
 from torch.distributed.checkpoint import FileSystemReader
 
-from dlnb.checkpoint import KEY, UNFINISHED, Manifest, Write, Writer, check_files, examine, is_own, read_manifest
+from dlnb.checkpoint.manifest import KEY, Manifest, check_files, is_own, read_manifest
+from dlnb.checkpoint.search import UNFINISHED, examine
+from dlnb.checkpoint.writer import Write, Writer
 from dlnb.config import RunConfig
-from dlnb.reshape import plain_values_only
+from dlnb.checkpoint.plain_values import plain_values_only
 from dlnb.trainer import fit
 
 pytestmark = pytest.mark.timeout(400)
@@ -171,7 +173,7 @@ def test_a_checkpoint_of_format_1_is_checked_by_its_sums_and_is_not_own(tmp_path
 
 
 def test_processes_that_begin_at_the_same_time_make_one_key(tmp_path):
-    code = "from dlnb.trust import marked; print(marked({'a': 1})['mark'])"
+    code = "from dlnb.checkpoint.trust import marked; print(marked({'a': 1})['mark'])"
     environment = os.environ | {"DLNB_KEY": str(tmp_path / "deep" / "key")}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     assert len({process.communicate(timeout=60)[0] for process in started}) == 1
@@ -230,7 +232,7 @@ def test_a_foreign_run_of_the_same_settings_runs_nothing(run, tmp_path, given):
 
 
 def test_objects_of_the_users_own_come_back_where_the_key_is_and_are_refused_with_the_remedy_where_it_is_not(run, monkeypatch, capsys):
-    from dlnb.trust import mark_archive
+    from dlnb.checkpoint.trust import mark_archive
 
     put(run, Note())
     for path in (run / "checkpoints").iterdir():

@@ -23,8 +23,13 @@ from wandb_files import wandb_runs
 from dlnb.config import RunConfig
 from dlnb.engine import launch
 from dlnb.track import RunRecord, runs
-from dlnb.trial import Outcome, run_trial
-from dlnb.tuner import StudyConfig, TuningError, open_storage, trials_table, tune
+from dlnb.search.trial import run_trial
+from dlnb.search.trial_ranks import Outcome
+from dlnb.search.results import trials_table
+from dlnb.search.scheduler import TuningError
+from dlnb.search.storage import open_storage
+from dlnb.search.study import StudyConfig
+from dlnb.tuner import tune
 
 TUNED = Path(__file__).with_name("tuned.py")
 TUNE = TRAIN.with_name("tune.ipynb")
@@ -219,7 +224,8 @@ def test_the_notebook_shows_the_trials_and_pictures_and_lies_in_the_study_s_fold
 COMMAND = """
 import sys
 from dlnb.config import RunConfig
-from dlnb.tuner import StudyConfig, tune
+from dlnb.search.study import StudyConfig
+from dlnb.tuner import tune
 
 settings, study = eval(sys.argv[1]), eval(sys.argv[2])
 tune(RunConfig(**settings), StudyConfig(**study))
