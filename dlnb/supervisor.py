@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REACH', 'MOVES', 'CONTROLS', 'OVERWRITTEN', 'UNFINISHED', 'WIDGET', 'AUTOSAVE_SHARE', 'COST', 'PROLOGUE',
-           'FIRST_LINE', 'NO_TIMEOUT', 'INTERVAL', 'GRACE', 'STOP_GRACE', 'OTHERS_FIRST', 'JOIN_GRACE', 'Terminal',
-           'keep_shown_widgets', 'NotebookManager', 'write_failure', 'KernelClient', 'RankClient']
+           'FIRST_LINE', 'NO_TIMEOUT', 'INTERVAL', 'GRACE', 'KILL_GRACE', 'STOP_GRACE', 'OTHERS_FIRST', 'JOIN_GRACE',
+           'Terminal', 'keep_shown_widgets', 'NotebookManager', 'write_failure', 'KernelClient', 'RankClient']
 
 # %% ../nbs/19_supervisor.ipynb #9804fd43
 import asyncio
@@ -341,6 +341,7 @@ class KernelClient(PapermillNotebookClient):
 # %% ../nbs/19_supervisor.ipynb #e373eef5
 INTERVAL = 0.2  # seconds between two looks at the ranks
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
+KILL_GRACE = 8.0  # the same after another rank was killed: by Lightning, perhaps, as the kernel was interrupted
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
 OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to say who is to blame
 JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has
@@ -425,7 +426,7 @@ class RankClient(KernelClient):
         if self.failure is None and self.progress.look():
             self.failure = self.hang()
         if self.failure is not None:
-            grace = CAUSE_GRACE if remoteness(self.failure) else GRACE
+            grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[remoteness(self.failure)]
             if time.time() > self.failure.time + grace:
                 return True
         # All ranks are about to end when they were asked to, and a training saves before.

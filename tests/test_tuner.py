@@ -350,8 +350,8 @@ def postgres(tmp_path_factory):
     folder = tmp_path_factory.mktemp("postgres")
     as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     if as_user:
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
+        for path in (folder, *folder.relative_to(tempfile.gettempdir()).parents[:-1]):  # pytest's own are for its user alone
+            (tempfile.gettempdir() / path).chmod(0o755)
         shutil.chown(folder, "postgres")
     bin_folder, port = programs[-1].parent, 20000 + os.getpid() % 20000
     run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, capture_output=True, text=True, timeout=60)  # noqa: E731
