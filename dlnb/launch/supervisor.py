@@ -30,6 +30,7 @@ from ..system.progress import ProgressWatch, collect_stacks
 # %% ../../nbs/launch/14_supervisor.ipynb #e373eef5
 INTERVAL = 0.2  # seconds between two looks at the ranks
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
+KILL_GRACE = 8.0  # the same after another rank was killed: by Lightning, perhaps, as the kernel was interrupted
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
 OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to say who is to blame
 JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has
@@ -114,7 +115,7 @@ class RankClient(KernelClient):
         if self.failure is None and self.progress.look():
             self.failure = self.hang()
         if self.failure is not None:
-            grace = CAUSE_GRACE if remoteness(self.failure) else GRACE
+            grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[remoteness(self.failure)]
             if time.time() > self.failure.time + grace:
                 return True
         # All ranks are about to end when they were asked to, and a training saves before.
