@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/settings/03_values.ipynb #25ff56ff
-LARGEST = 2**53  # of whole numbers: beyond it the readers of JSON disagree
-LONGEST_NAME = 255  # bytes that filesystems take in a file's name
-LONGEST_ROOT = 3000  # bytes; 4,095 are Linux's bound for a path, and a run's folders need their part
+LARGEST = 2**53  # of integers: beyond it the readers of JSON disagree
 
 
 def check_value(field: str, value: Any, is_flag: bool) -> None:
-    "Raise `ValueError` for what a field's type lets through, and nobody can mean."
+    "Raise `ValueError` for a value that a field's type accepts, and that nobody can mean."
     if isinstance(value, bool) and not is_flag:
         raise ValueError(f"{field}={value} must not be a truth value.")
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -27,6 +25,10 @@ def check_value(field: str, value: Any, is_flag: bool) -> None:
         raise ValueError(f"{field}={value!r} holds {found[0]!r}, which no file's name and no text can hold.")
 
 # %% ../../nbs/settings/03_values.ipynb #37b61b98
+LONGEST_NAME = 255  # bytes of a file's name that filesystems accept
+LONGEST_ROOT = 3000  # bytes; the rest of Linux's 4,095 is for the folders below
+
+
 def check_root(root: str) -> str:
     "The root with '~' expanded. Raises `ValueError` where it cannot be a folder."
     try:
