@@ -208,6 +208,11 @@ class Storage(Settings):
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
     trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}  # other arguments of Lightning's Trainer
 
+    @property
+    def origin(self) -> str | None:
+        "The run's folder or the checkpoint that `resume` gives."
+        return None if self.resume in ("auto", "never") else self.resume
+
 # %% ../nbs/05_config.ipynb #86bf8e07
 class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, ClassArguments):
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
@@ -226,11 +231,6 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Class
     def given(self) -> dict[str, str]:
         "What `with_given` recorded."
         return self._given
-
-    @property
-    def origin(self) -> str | None:
-        "The run's folder or the checkpoint that `resume` gives."
-        return None if self.resume in ("auto", "never") else self.resume
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def find_records(root: str | Path) -> list[tuple[RunRecord, dict[str, dict[str, 
 
 # %% ../../nbs/tracking/07_catalogue.ipynb #782486c7
 FIRST = "run task mode status started epoch step best_score".split()  # the columns that a reader wants first
-TAKEN = "monitor monitor_mode strategy optimizer world_size".split()  # from the settings and what was resolved
+SHOWN_SETTINGS = "monitor monitor_mode strategy optimizer world_size".split()  # the first two as given, the others as resolved
 NESTED = (dict, list)
-OWN = (*FIRST, "ended", "tags", *TAKEN)  # the columns that are the catalogue's own
+OWN_COLUMNS = (*FIRST, "ended", "tags", *SHOWN_SETTINGS)  # the columns that are the catalogue's own
 
 # %% ../../nbs/tracking/07_catalogue.ipynb #404c7678
 def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
@@ -90,9 +90,9 @@ def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
 
 def _own_columns(record: RunRecord, plain: dict[str, Any]) -> dict[str, Any]:
     "The catalogue's own columns; the settings among them are removed from `plain`."
-    resolved = {name: value for name, value in record.resolved.items() if name in TAKEN[2:] and isinstance(value, (str, int))}
+    resolved = {name: value for name, value in record.resolved.items() if name in SHOWN_SETTINGS[2:] and isinstance(value, (str, int))}
     own = {name: getattr(record, name) for name in ("mode", "started", "ended", "epoch", "step", "best_score")}
-    own |= {name: plain.pop(name) for name in (*TAKEN, "tags") if name in plain} | resolved
+    own |= {name: plain.pop(name) for name in (*SHOWN_SETTINGS, "tags") if name in plain} | resolved
     own |= {"run": str(record.folder), "status": record.state, "tags": ",".join(_setting(record, "tags", list, []))}
     own["task"] = "-".join(_setting(record, part, str, "").rpartition(":")[2] for part in ("data", "model"))
     return own
@@ -108,7 +108,7 @@ def table_of(parts: list[dict[str, dict[str, Any]]]) -> tuple[Any, dict[str, str
     "The table with one row per run, and a dictionary from full names to columns."
     import pandas
 
-    columns, taken = {("", name): name for name in OWN}, set(OWN)
+    columns, taken = {("", name): name for name in OWN_COLUMNS}, set(OWN_COLUMNS)
     for group in ("settings", "metrics", "model_args", "data_args"):  # the first group with a name keeps it
         for name in dict.fromkeys(name for part in parts for name in part[group]):
             column = name

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import unknown
-from .catalogue import FIRST, TAKEN, find_records, listed_runs, record_columns, runs, table_of
+from .catalogue import FIRST, SHOWN_SETTINGS, find_records, listed_runs, record_columns, runs, table_of
 from .curves import curve_of, read_metrics
 from .record import RunRecord
 
@@ -57,7 +57,7 @@ def best(
 def _scored_trainings(root: str | Path, where: str | None) -> Any:
     import pandas
 
-    table = runs(root, where).reindex(columns=[*FIRST, *TAKEN])
+    table = runs(root, where).reindex(columns=[*FIRST, *SHOWN_SETTINGS])
     is_scored = pandas.to_numeric(table["best_score"], errors="coerce").abs() < float("inf")
     has_monitor = table["monitor"].notna() & table["monitor_mode"].isin(["min", "max"])
     return table[(table["mode"] == "train") & is_scored & has_monitor]
@@ -88,7 +88,7 @@ def prune(
                     rows.append({"run": run, "checkpoint": path.name, "MB": size})
     return pandas.DataFrame(rows, columns=["run", "checkpoint", "MB"])
 
-
+# %% ../../nbs/tracking/08_comparison.ipynb #b198b9f6
 def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -42,6 +42,11 @@ def _append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> 
     with named_errors(path), path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, columns).writerows(rows)
 
+
+def _remove_staging(path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*.new"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+
 # %% ../../nbs/tracking/04_metrics.ipynb #b9192f9a
 class MetricsFile:
     "Rows of a CSV file, with a column for every name that was logged so far."
@@ -74,11 +79,6 @@ class MetricsFile:
             self.columns = _write_table(self.path, rows)
         else:
             self.path.unlink(missing_ok=True)
-
-
-def _remove_staging(path: Path) -> None:
-    for left in path.parent.glob(f".{path.name}.*.new"):  # by a process that was killed
-        left.unlink(missing_ok=True)
 
 # %% ../../nbs/tracking/04_metrics.ipynb #95ece9c0
 class FolderLogger(Logger):

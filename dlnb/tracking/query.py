@@ -67,7 +67,7 @@ def parse(
         raise ValueError(f"{problem}it has {count} comparisons, and {MOST_COMPARISONS} are the most; `in` takes a list.")
     return Query(text, source, quoted, tree)
 
-
+# %% ../../nbs/tracking/06_query.ipynb #b49cb05a
 def _parse_expression(source: str, problem: str) -> ast.expr:
     try:
         with warnings.catch_warnings():

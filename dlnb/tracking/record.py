@@ -177,7 +177,7 @@ def _begin_attempt(record: ObservedRecord) -> None:
     record.host, record.machine, record.pid, record.pid_began = process.host, process.machine, process.pid, process.began
     record.versions, record.code, record.hardware = package_versions(), code_version(), hardware()
 
-
+# %% ../../nbs/tracking/01_record.ipynb #71e5f8f8
 def _remove_stale_staging(folder: Path) -> None:
     for left in folder.glob(".run.json.*.new"):
         with suppress(FileNotFoundError):  # another worker of a search has just renamed it to run.json

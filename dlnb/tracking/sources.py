@@ -34,7 +34,7 @@ def file_of(
         folders = spec.submodule_search_locations or []
     return Path(spec.origin).resolve() if spec.has_location else None
 
-
+# %% ../../nbs/tracking/02_sources.ipynb #dcc2fcf7
 def is_own(
     module: str,
 ) -> bool:

@@ -106,7 +106,7 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
             f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}"
         )
 
-
+# %% ../../nbs/tracking/09_wandb.ipynb #3005d746
 def _artifact_of(record: RunRecord) -> Any:
     import wandb
 
@@ -120,8 +120,8 @@ def _artifact_of(record: RunRecord) -> Any:
     return artifact
 
 # %% ../../nbs/tracking/09_wandb.ipynb #f3d4805b
-class CarefulWandbLogger(WandbLogger):
-    "Lightning's WandbLogger, which never fails a training nor delays it, and logs no step twice."
+class GuardedWandbLogger(WandbLogger):
+    "Lightning's WandbLogger, which begins the W&B run at the first use and never fails a training."
 
     def __init__(
         self,
@@ -130,14 +130,12 @@ class CarefulWandbLogger(WandbLogger):
     ):
         super().__init__(**arguments)
         self.record, self.failed, self.sender = record, False, LineSender(self._send)
-        self.marker = record.folder / "wandb" / f"last-step-{record.wandb['id']}"  # the last step before a crash
-        self.log_after = int(self.marker.read_text() or -1) if self.marker.exists() else -1
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = _carefully(self, self._begin)
+            self._experiment = self._carefully(self._begin)
         return self._experiment or _DummyExperiment()
 
     def _begin(self) -> Any:
@@ -146,17 +144,33 @@ class CarefulWandbLogger(WandbLogger):
         self.sender.thread.start()
         return run
 
+    def _carefully(self, do: Callable[[], Any]) -> Any:
+        try:
+            return None if self.failed else do()
+        except Exception as error:  # whatever it is, the training must not fail with it
+            self.failed = True
+            warnings.warn(f"W&B has failed, and the training continues without it: {error}", stacklevel=3)
+
+# %% ../../nbs/tracking/09_wandb.ipynb #429e7282
+class CarefulWandbLogger(GuardedWandbLogger):
+    "A logger that delays no training, and logs no step twice."
+
+    def __init__(self, record: RunRecord, arguments: dict[str, Any]):
+        super().__init__(record, arguments)
+        self.marker = record.folder / "wandb" / f"last-step-{record.wandb['id']}"  # the last step before a crash
+        self.log_after = int(self.marker.read_text() or -1) if self.marker.exists() else -1
+
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         if step is None or step > self.log_after:
             self.sender.lines.put((dict(metrics), step))
 
     def _send(self, metrics: dict, step: int | None) -> None:
-        _carefully(self, lambda: _send_line(self, metrics, step))
+        self._carefully(lambda: _send_line(self, metrics, step))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        _carefully(self, lambda: WandbLogger.log_hyperparams.__wrapped__(self, params))
+        self._carefully(lambda: WandbLogger.log_hyperparams.__wrapped__(self, params))
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         "Does nothing: the record refers to the checkpoints."
@@ -168,15 +182,7 @@ class CarefulWandbLogger(WandbLogger):
     @rank_zero_only
     def end(self) -> None:
         self.sender.finish()
-        _carefully(self, lambda: _end_wandb(self.experiment, self.record))
-
-# %% ../../nbs/tracking/09_wandb.ipynb #09b2a7fe
-def _carefully(logger: CarefulWandbLogger, do: Callable[[], Any]) -> Any:
-    try:
-        return None if logger.failed else do()
-    except Exception as error:  # whatever it is, the training must not fail with it
-        logger.failed = True
-        warnings.warn(f"W&B has failed, and the training continues without it: {error}", stacklevel=3)
+        self._carefully(lambda: _end_wandb(self.experiment, self.record))
 
 
 def _send_line(logger: CarefulWandbLogger, metrics: dict, step: int | None) -> None:
