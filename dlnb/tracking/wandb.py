@@ -184,7 +184,7 @@ class CarefulWandbLogger(GuardedWandbLogger):
         self.sender.finish()
         self._carefully(lambda: _end_wandb(self.experiment, self.record))
 
-
+# %% ../../nbs/tracking/09_wandb.ipynb #2dd90e63
 def _send_line(logger: CarefulWandbLogger, metrics: dict, step: int | None) -> None:
     if step is not None:
         logger.marker.write_text(str(step))  # before it is sent: never twice
