@@ -258,7 +258,7 @@ def test_wandb_that_fails_does_not_stop_a_training(tmp_path, monkeypatch):
         raise ConnectionError("no W&B today")
 
     monkeypatch.setattr(wandb, "init", fail)
-    with pytest.warns(UserWarning, match="W&B has failed, and the training goes on without: no W&B today"):
+    with pytest.warns(UserWarning, match="W&B has failed, and the training continues without it: no W&B today"):
         record = fit(RunConfig(**TASK, max_epochs=1, wandb="offline", root=str(tmp_path)))
     assert record.status == "finished" and record.epoch == 1
 

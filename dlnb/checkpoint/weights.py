@@ -52,8 +52,8 @@ def _weights_of_run(record: RunRecord) -> Path:
     return checkpoint_of_run(record.folder)
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #69e9402c
-_OF_THE_RUN = "model model_args data data_args precision batch_size seed root name tags wandb".split()
-INFERENCE = (*_OF_THE_RUN, *"accelerator devices num_nodes strategy strategy_args trainer_args progress_timeout".split())
+_OF_THE_RUN = RunConfig.fields_with(inference="run")  # read from the run's record where they are not given
+INFERENCE = (*_OF_THE_RUN, *RunConfig.fields_with(inference="given"))
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #473aa663
 def inference_config(

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 # %% ../../nbs/settings/02_devices.ipynb #e23a29a0
-MOST_DEVICES = 1024  # of a machine
+MOST_DEVICES = 1024  # of one machine; a larger number is a mistake
 
 
 def read_devices(value: Any) -> Any:
@@ -25,8 +25,9 @@ def read_devices(value: Any) -> Any:
         return numbers if "," in value else numbers[0]
     return value
 
-
+# %% ../../nbs/settings/02_devices.ipynb #9bacddb8
 def check_devices(value: Any) -> Any:
+    "Raise `ValueError` for what is neither a number of devices, nor 'auto', nor a list of device numbers."
     if isinstance(value, list):
         valid = value and len(set(value)) == len(value) and all(0 <= index < MOST_DEVICES for index in value)
     else:
@@ -40,7 +41,7 @@ def check_devices(value: Any) -> Any:
 
 # %% ../../nbs/settings/02_devices.ipynb #c2eade49
 def count_devices(accelerator: str, devices: int | str | list[int]) -> int:
-    "How many ranks a node runs: what the launcher started, else what Lightning would take."
+    "How many ranks a node runs: what the launcher started, else what Lightning would choose. Raises `ValueError` for devices that are not here."
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
     if devices in ("auto", -1) and "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
@@ -49,15 +50,14 @@ def count_devices(accelerator: str, devices: int | str | list[int]) -> int:
     if not available.is_available():
         raise ValueError(f"accelerator={accelerator!r} is not available on this machine. Use 'auto' or 'cpu'.")
     if devices == "auto" and accelerator == "cuda" and hasattr(sys, "ps1"):
-        return 1  # a kernel by hand is one process; papermill and dlnb.engine start the others
+        return 1  # an interactive kernel is one process; papermill and dlnb.engine start the others
     if devices in ("auto", -1):
         return available.auto_device_count()
-    count = len(devices) if isinstance(devices, list) else devices
-    if (
-        accelerator != "cpu"
-        and max(devices if isinstance(devices, list) else [count - 1]) >= available.auto_device_count()
-    ):
-        raise ValueError(
-            f"devices={devices!r}, but this machine has {available.auto_device_count()} for {accelerator!r}."
-        )
-    return count
+    if accelerator != "cpu":
+        _check_present(accelerator, devices, available.auto_device_count())
+    return len(devices) if isinstance(devices, list) else devices
+
+
+def _check_present(accelerator: str, devices: int | list[int], count: int) -> None:
+    if max(devices if isinstance(devices, list) else [devices - 1]) >= count:
+        raise ValueError(f"devices={devices!r}, but this machine has {count} for {accelerator!r}.")

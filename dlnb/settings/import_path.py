@@ -19,7 +19,7 @@ from ..errors import unknown
 
 # %% ../../nbs/settings/00_import_path.ipynb #bfaec920
 def _import_file(path: Path) -> Any:
-    "Import a Python file under a name made from its place, once a process, so that its classes can be pickled."
+    "Import a Python file under a name made from its path, once per process, so that its classes can be pickled."
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -31,9 +31,9 @@ def _import_file(path: Path) -> Any:
             raise
     return sys.modules[name]
 
-
+# %% ../../nbs/settings/00_import_path.ipynb #d7e4832b
 def _import_module(field: str, where: str) -> Any:
-    "Import `package.module` or `path/to/file.py`; what is missing is told from what fails inside."
+    "Import `package.module` or `path/to/file.py`. Raises `ValueError` where it does not exist, and its own error where it fails inside."
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise ValueError(f"{field}: there is no file {where!r} (looked in {Path.cwd()}).")
@@ -47,23 +47,7 @@ def _import_module(field: str, where: str) -> Any:
             ) from error
         raise
 
-# %% ../../nbs/settings/00_import_path.ipynb #f6626c2b
-def load_class(
-    path: str,  # "package.module:Class" or "path/to/file.py:Class"
-    field: str = "class",  # the setting it came from, for the error's sentence
-) -> type:
-    "The class that an import path names. Raises `ValueError` for a malformed path, a missing module, file or class."
-    return _load(path, field, "class", lambda found: isinstance(found, type))
-
-
-def load_function(
-    path: str,  # "package.module:function" or "path/to/file.py:function"
-    field: str = "function",  # likewise
-) -> Callable:
-    "The function that an import path names. Raises `ValueError` as `load_class` does."
-    return _load(path, field, "function", inspect.isfunction)
-
-
+# %% ../../nbs/settings/00_import_path.ipynb #c3e4297d
 def _load(path: str, field: str, kind: str, is_one: Callable[[Any], bool]) -> Any:
     where, separator, name = path.rpartition(":")
     is_module = all(part.isidentifier() for part in where.split("."))
@@ -76,31 +60,25 @@ def _load(path: str, field: str, kind: str, is_one: Callable[[Any], bool]) -> An
         raise ValueError(f"{field}={path!r}: {unknown(kind, name, choices)}")
     return found
 
-# %% ../../nbs/settings/00_import_path.ipynb #db48784a
-def complete_arguments(
-    field: str,  # the setting the arguments came from
-    cls: type,  # the class that will take them
-    arguments: Mapping[str, Any],  # what the user gave
-    provided: tuple[str, ...] = (),  # parameters that dlnb passes itself
-) -> dict[str, Any]:  # the arguments and the JSON-able defaults of those that were left out
-    "Complete `arguments` with the defaults of `cls`. Raises `ValueError` for an unknown or missing argument."
-    parameters = inspect.signature(cls).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for name in arguments:
-        if name in provided:
-            raise ValueError(f"{field}: {name!r} is a setting of the run; set {name} itself, not {field}.{name}.")
-        if name not in named and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise ValueError(f"{cls.__name__}: {unknown(field, name, set(named) - set(provided))}")
-    required = {name for name, p in named.items() if p.default is p.empty}
-    if missing := sorted(required - set(arguments) - set(provided)):
-        raise ValueError(f"{field}: {cls.__name__} needs {', '.join(missing)}.")
-    defaults = {name: p.default for name, p in named.items() if name not in (*provided, *required)}
-    return {name: value for name, value in defaults.items() if is_json(value)} | dict(arguments)
+# %% ../../nbs/settings/00_import_path.ipynb #f6626c2b
+def load_class(
+    path: str,  # "package.module:Class" or "path/to/file.py:Class"
+    field: str = "class",  # the setting it came from, for the error's sentence
+) -> type:
+    "The class that an import path names. Raises `ValueError` for a malformed path, a missing module, file or class."
+    return _load(path, field, "class", lambda found: isinstance(found, type))
+
+
+def load_function(
+    path: str,  # "package.module:function" or "path/to/file.py:function"
+    field: str = "function",  # the setting it came from
+) -> Callable:
+    "The function that an import path names. Raises `ValueError` as `load_class` does."
+    return _load(path, field, "function", inspect.isfunction)
 
 # %% ../../nbs/settings/00_import_path.ipynb #66dac20d
 def is_json(value: Any) -> bool:
-    "Whether JSON gives it back as it is: {0: 1} and {'0': 1} would be the same there, and share a folder."
+    "Whether a value is the same after JSON has stored it; tuples count as lists."
     try:
         return json.loads(json.dumps(value, allow_nan=False)) == _as_lists(value)
     except (TypeError, ValueError):
@@ -112,3 +90,36 @@ def _as_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_lists(item) for key, item in value.items()}
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../../nbs/settings/00_import_path.ipynb #c188b9c6
+def _check_names(field: str, cls: type, arguments: Mapping[str, Any], provided: tuple[str, ...], parameters: Mapping[str, Any]) -> None:
+    "Raise `ValueError` for an argument that the class does not have, or that dlnb passes itself."
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = _named(parameters)
+    for name in arguments:
+        if name in provided:
+            raise ValueError(f"{field}: {name!r} is a setting of the run; set {name} itself, not {field}.{name}.")
+        if name not in named and not takes_any:
+            raise ValueError(f"{cls.__name__}: {unknown(field, name, set(named) - set(provided))}")
+
+
+def _named(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    "All parameters but `*args` and `**kwargs`."
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+# %% ../../nbs/settings/00_import_path.ipynb #db48784a
+def complete_arguments(
+    field: str,  # the setting the arguments came from
+    cls: type,  # the class that is called with them
+    arguments: Mapping[str, Any],  # as the user gave them
+    provided: tuple[str, ...] = (),  # parameters that dlnb passes itself
+) -> dict[str, Any]:  # the arguments and the JSON-able defaults of those that were left out
+    "Complete `arguments` with the defaults of `cls`. Raises `ValueError` for an unknown or missing argument."
+    parameters = inspect.signature(cls).parameters
+    _check_names(field, cls, arguments, provided, parameters)
+    named = _named(parameters)
+    required = {name for name, p in named.items() if p.default is p.empty}
+    if missing := sorted(required - set(arguments) - set(provided)):
+        raise ValueError(f"{field}: {cls.__name__} needs {', '.join(missing)}.")
+    defaults = {name: p.default for name, p in named.items() if name not in (*provided, *required)}
+    return {name: value for name, value in defaults.items() if is_json(value)} | dict(arguments)

@@ -15,7 +15,7 @@ from .import_path import is_json
 # %% ../../nbs/settings/01_text.ipynb #1712c71e
 def read_text(
     text: str,  # JSON or YAML
-) -> Any:  # what it says
+) -> Any:  # plain data
     "Read JSON or YAML. Raises `ValueError` where it is neither."
     import yaml
 
@@ -31,6 +31,7 @@ def read_text(
 
 # %% ../../nbs/settings/01_text.ipynb #a1f01351
 def read_dictionary(value: Any) -> Any:
+    "A dictionary, its text, or None for an empty one. Raises `ValueError` where JSON could not store it."
     value = read_text(value) if isinstance(value, str) else value
     value = {} if value is None else value
     if not isinstance(value, Mapping):
@@ -44,6 +45,6 @@ def read_dictionary(value: Any) -> Any:
 
 
 def read_words(value: Any) -> Any:
-    "Tags come as a list, as its text, or as words with commas between them."
+    "A list, its text, or words separated by commas."
     value = read_text(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value

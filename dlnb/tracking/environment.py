@@ -31,9 +31,9 @@ def package_versions() -> dict[str, str]:
             continue
     return versions
 
-
+# %% ../../nbs/tracking/00_environment.ipynb #e689efc2
 def code_version() -> dict[str, Any]:
-    "The git commit of the folder that one is in, and whether its files have been changed since; empty where it is in none."
+    "The git commit of the working directory, and whether tracked files differ from it; empty where there is no repository."
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -45,7 +45,7 @@ def code_version() -> dict[str, Any]:
 
 # %% ../../nbs/tracking/00_environment.ipynb #9c42a71c
 def hardware() -> dict[str, Any]:
-    "What this machine is: its processor's cores, its memory in GB, and the GPUs that this process has found."
+    "This machine: its architecture, CPU cores, memory in GB, and the GPUs that this process sees."
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -20,7 +20,7 @@ from .sources import Sources, source_hashes
 
 # %% ../../nbs/tracking/03_fingerprint.ipynb #8fd59e3a
 def _code_of(value: Any) -> Any:
-    "What a class's functions do, apart from where they are written."
+    "The bytecode and constants of a class's functions, without the lines and files that they come from."
     if isinstance(value, CodeType):
         return (value.co_code, value.co_names, tuple(map(_code_of, value.co_consts)))
     if isinstance(value, type):
@@ -48,7 +48,7 @@ def _without_addresses(text: str) -> str:
 
 
 def _digest(data: Any) -> int:  # a flat array of uint8
-    "Of an array above 16 MB, sixteen evenly spaced megabytes."
+    "The CRC-32 of an array; of one above 16 MiB, of sixteen evenly spaced mebibytes."
     portion, count = 1 << 20, 16
     if data.size <= portion * count:
         return zlib.crc32(data)
@@ -62,11 +62,11 @@ def _digest(data: Any) -> int:  # a flat array of uint8
 def _shape_of(weight: Any) -> str:
     from torch.nn.parameter import is_lazy
 
-    return "" if is_lazy(weight) else str(tuple(weight.shape))
+    return "" if is_lazy(weight) else str(tuple(weight.shape))  # a lazy parameter gets its shape by the first batch
 
 # %% ../../nbs/tracking/03_fingerprint.ipynb #39208633
 def _describe_array(value: Any) -> Any:
-    "A tensor or an array: what it is and holds."
+    "Type, shape, dtype and contents of a tensor or an array; of a parameter, which training changes, no contents."
     import numpy as np
     import torch
 
@@ -82,21 +82,82 @@ def _describe_array(value: Any) -> Any:
 
 # %% ../../nbs/tracking/03_fingerprint.ipynb #f0d9e1ac
 NOT_COUNTED = ("training", "num_workers", "_dlnb_meaning")  # attributes that do not change a result
-NOT_ENTERED = ("deepspeed.", "lightning.", "pytorch_lightning.", "torch.utils.hooks")  # whose objects a training leaves, or counts
+NOT_ENTERED = ("deepspeed.", "lightning.", "pytorch_lightning.", "torch.utils.hooks")  # modules whose objects are not entered
+DEPTH = 6  # attributes of attributes
+
+# %% ../../nbs/tracking/03_fingerprint.ipynb #91e8baca
+class Description:
+    "Describes objects as plain data, and collects the source of the user's own classes and functions among them."
+
+    def __init__(self) -> None:
+        from lightning.pytorch import LightningDataModule, LightningModule
+
+        self.ignored = {*NOT_COUNTED, *vars(LightningModule()), *vars(LightningDataModule())} - {"_hparams"}
+        self.sources, self.seen = Sources(), set()
+
+    def of(self, value: Any, depth: int = DEPTH) -> Any:
+        "What a value is and holds."
+        if value is None or isinstance(value, (bool, int, float, str, bytes, os.PathLike)):
+            return str(value) if isinstance(value, os.PathLike) else repr(value)
+        if id(value) in self.seen or depth == 0:  # a reference to what is being described, or far inside
+            return type(value).__qualname__
+        self.seen.add(id(value))
+        try:
+            return _describe(self, value, depth - 1)
+        except Exception:  # an object whose representation fails
+            return type(value).__qualname__
+        finally:
+            self.seen.remove(id(value))
+
+# %% ../../nbs/tracking/03_fingerprint.ipynb #a177fc48
+def _describe(description: Description, value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): description.of(item, depth) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [description.of(item, depth) for item in value]
+    if isinstance(value, (set, frozenset)):  # without an order
+        return sorted(json.dumps(description.of(item, depth), sort_keys=True) for item in value)
+    if isinstance(value, partial):
+        return [description.of(part, depth) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, type) or hasattr(value, "__code__"):
+        description.sources.add(value)
+        return _describe_definition(value)
+    if hasattr(value, "__array__") and hasattr(value, "shape"):
+        return [*_describe_array(value), description.of(getattr(value, "columns", None), depth)]
+    if not hasattr(value, "__dict__"):
+        return _without_addresses(repr(value))
+    description.sources.add(type(value))
+    return _describe_object(description, value, depth)
+
+# %% ../../nbs/tracking/03_fingerprint.ipynb #263689b2
+def _describe_definition(value: Any) -> Any:
+    "A class or a function by its name, as its source is compared separately; a lambda, whose source cannot be found, by its code."
+    is_lambda = value.__qualname__.endswith("<lambda>")
+    return [value.__qualname__, _without_addresses(repr(_code_of(value))) if is_lambda else ""]
+
+
+def _describe_object(description: Description, value: Any, depth: int) -> Any:
+    is_entered = not type(value).__module__.startswith(NOT_ENTERED)
+    parts = {name: item for name, item in vars(value).items() if is_entered and name not in description.ignored}
+    about = [type(value).__qualname__, {name: description.of(item, depth) for name, item in parts.items()}]
+    if not hasattr(value, "named_modules"):
+        return about
+    weights = [*value.named_parameters(), *value.named_buffers()]
+    shapes = {name: [_shape_of(weight), str(weight.dtype), weight.requires_grad] for name, weight in weights}
+    children = {name: description.of(child, depth + 1) for name, child in value.named_children()}
+    return [*about, _without_addresses(repr(value)), shapes, children]
 
 # %% ../../nbs/tracking/03_fingerprint.ipynb #b27ca9c9
 class Fingerprint:
-    "What an object was given, as plain data: `value`; and the source of the user's own classes and functions in it: `sources`."
+    "An object's structure and attributes as plain data: `value`; and the source of the user's own classes and functions in it: `sources`."
 
     def __init__(
         self,
         value: Any,  # a LightningModule, a LightningDataModule, or anything else
     ):
-        from lightning.pytorch import LightningDataModule, LightningModule
-
-        self.ignored = {*NOT_COUNTED, *vars(LightningModule()), *vars(LightningDataModule())} - {"_hparams"}
-        self.sources, self.seen = Sources(), set()
-        self.value, self.noted = self._describe(value), vars(value).get("_dlnb_meaning", (None, ""))
+        description = Description()
+        self.sources, self.value = description.sources, description.of(value)
+        self.noted = vars(value).get("_dlnb_meaning", (None, ""))
 
     @property
     def hash(self) -> str:
@@ -105,61 +166,14 @@ class Fingerprint:
 
     @property
     def meaning(self) -> str:
-        "What `remember` noted on the object, unless it has changed since; then, or where nothing was, the hash."
+        "The meaning that `remember` recorded on the object, if the object has not changed since; else the hash."
         return self.noted[1] if self.noted[0] == self.hash else self.hash
-
-    def _describe(self, value: Any, depth: int = 6) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str, bytes, os.PathLike)):
-            return str(value) if isinstance(value, os.PathLike) else repr(value)
-        if id(value) in self.seen or depth == 0:
-            return type(value).__qualname__
-        self.seen.add(id(value))
-        try:
-            return self._describe_parts(value, depth - 1)
-        except Exception:  # an object that does not even tell its representation
-            return type(value).__qualname__
-        finally:
-            self.seen.remove(id(value))
-
-    def _describe_parts(self, value: Any, depth: int) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): self._describe(item, depth) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._describe(item, depth) for item in value]
-        if isinstance(value, (set, frozenset)):
-            return sorted(json.dumps(self._describe(item, depth), sort_keys=True) for item in value)
-        if isinstance(value, partial):
-            return [self._describe(part, depth) for part in (value.func, value.args, value.keywords)]
-        if isinstance(value, type) or hasattr(value, "__code__"):
-            return self._describe_definition(value)
-        if hasattr(value, "__array__") and hasattr(value, "shape"):
-            return [*_describe_array(value), self._describe(getattr(value, "columns", None), depth)]
-        if not hasattr(value, "__dict__"):
-            return _without_addresses(repr(value))
-        return self._describe_object(value, depth)
-
-    def _describe_definition(self, value: Any) -> Any:
-        "A class or a function: its source is compared apart; a lambda has none, but its code."
-        self.sources.add(value)
-        return [value.__qualname__, _without_addresses(repr(_code_of(value))) if value.__qualname__.endswith("<lambda>") else ""]
-
-    def _describe_object(self, value: Any, depth: int) -> Any:
-        self.sources.add(type(value))
-        is_entered = not type(value).__module__.startswith(NOT_ENTERED)
-        parts = {name: item for name, item in vars(value).items() if is_entered and name not in self.ignored}
-        about = [type(value).__qualname__, {name: self._describe(item, depth) for name, item in parts.items()}]
-        if not hasattr(value, "named_modules"):
-            return about
-        weights = [*value.named_parameters(), *value.named_buffers()]
-        shapes = {name: [_shape_of(weight), str(weight.dtype), weight.requires_grad] for name, weight in weights}
-        children = {name: self._describe(child, depth + 1) for name, child in value.named_children()}
-        return [*about, _without_addresses(repr(value)), shapes, children]
 
 # %% ../../nbs/tracking/03_fingerprint.ipynb #77d53624
 def remember(
     value: Any,  # a module or a datamodule
     meaning: str,
 ) -> Any:  # the same object
-    "Note on an object what it means as it is now."
+    "Record on an object what it means in its present state."
     vars(value)["_dlnb_meaning"] = (Fingerprint(value).hash, meaning)
     return value

@@ -19,7 +19,7 @@ from ..system.atomic import named_errors, new_text_file
 # %% ../../nbs/tracking/04_metrics.ipynb #190a8b16
 def read_rows(
     path: Path,  # a metrics.csv; it may be missing
-) -> list[dict[str, str]]:  # a row a logging; "" where a metric was not logged then
+) -> list[dict[str, str]]:  # one row per logging call; "" where a metric was not logged then
     "The complete rows of a file of metrics."
     if not path.is_file():
         return []
@@ -28,76 +28,95 @@ def read_rows(
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     return [row for row in rows if None not in (*row, *row.values()) and (row.get("step") or "").isdigit()]
 
+# %% ../../nbs/tracking/04_metrics.ipynb #f9188974
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> list[str]:  # its columns
+    columns = sorted(set().union(*rows))
+    with new_text_file(path) as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return columns
+
+
+def _append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    with named_errors(path), path.open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, columns).writerows(rows)
+
+
+def _remove_staging(path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*.new"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+
 # %% ../../nbs/tracking/04_metrics.ipynb #b9192f9a
 class MetricsFile:
-    "Rows of a CSV file, with a column for every name that has come so far."
+    "Rows of a CSV file, with a column for every name that was logged so far."
 
     def __init__(self, path: Path):
         self.path = path
-        self.columns: list[str] = []  # of the file, once it was written here
-        self.waiting: list[dict[str, Any]] = []  # rows that are not in it yet
+        self.columns: list[str] = []  # of the file; empty until this object has written it
+        self.waiting: list[dict[str, Any]] = []  # rows that are not in the file yet
 
     def save(self) -> None:
-        "Write the rows that wait. An `OSError` names the file, and they stay in line."
+        "Write the waiting rows. An `OSError` names the file, and the rows keep waiting."
         if not self.waiting:
             return
-        columns, self.columns = self.columns, []  # unless it ends well, the next one writes all of it
+        columns, self.columns = self.columns, []  # if this fails, the next save writes the complete file
         if set().union(*self.waiting) <= set(columns) and self.path.exists():
-            with named_errors(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, columns).writerows(self.waiting)
+            _append_rows(self.path, columns, self.waiting)
             self.columns = columns
         else:
-            self._write([*read_rows(self.path), *self.waiting])
+            self.columns = _write_table(self.path, [*read_rows(self.path), *self.waiting])
         self.waiting = []
 
     def keep_before(
         self,
         step: int,  # optimizer steps
     ) -> None:
-        "Leave out what was logged at this step and after it: a training that resumes there is going to log it again."
-        for left in self.path.parent.glob(f".{self.path.name}.*.new"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        "Remove the rows of this step and later ones: a training that resumes there logs them again."
+        _remove_staging(self.path)
         rows = [row for row in read_rows(self.path) if int(row["step"]) < step]
         if rows:
-            self._write(rows)
+            self.columns = _write_table(self.path, rows)
         else:
             self.path.unlink(missing_ok=True)
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        columns = sorted(set().union(*rows))
-        with new_text_file(self.path) as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        self.columns = columns
+# %% ../../nbs/tracking/04_metrics.ipynb #95ece9c0
+class FolderLogger(Logger):
+    "What Lightning asks of a logger, for a run that has a folder and a record."
 
-# %% ../../nbs/tracking/04_metrics.ipynb #ceaf3c15
-class MetricsLogger(Logger):
-    "Logs to `metrics.csv` in a run's folder, and keeps what an earlier attempt has logged there."
-
-    def __init__(
-        self,
-        folder: str | Path,  # the run's
-        save_every_n_steps: int = 100,  # optimizer steps between two writings
-    ):
+    def __init__(self, folder: str | Path):
         super().__init__()
-        self.folder, self.every = Path(folder), save_every_n_steps
-        self.file = MetricsFile(self.folder / "metrics.csv")
+        self.folder = Path(folder)
 
     @property
     def name(self) -> str:
-        "The run's folder names it already."
+        "Empty: the run's folder has the name."
         return ""
 
     @property
     def version(self) -> str:
-        "Likewise."
+        "Empty, likewise."
         return ""
 
     @property
     def save_dir(self) -> str:
         "The run's folder."
         return str(self.folder)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        "Does nothing: run.json has them."
+
+# %% ../../nbs/tracking/04_metrics.ipynb #ceaf3c15
+class MetricsLogger(FolderLogger):
+    "Logs to `metrics.csv` in a run's folder, and keeps what an earlier attempt has logged there."
+
+    def __init__(
+        self,
+        folder: str | Path,  # the run's
+        save_every_n_steps: int = 100,  # optimizer steps between two saves
+    ):
+        super().__init__(folder)
+        self.file, self.every = MetricsFile(self.folder / "metrics.csv"), save_every_n_steps
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -108,17 +127,14 @@ class MetricsLogger(Logger):
         if (step + 1) % self.every == 0:
             self.save()
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        "run.json holds them."
-
     @rank_zero_only
     def save(self) -> None:
-        "Write the rows that wait."
+        "Write the waiting rows."
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        "Write the rows that wait, at the end of a training. What a failed one ends with is not hidden by a full disk."
+        "Write the waiting rows at the end of a training. A full disk must not hide the error that a failed one ended with."
         with nullcontext() if status == "success" else suppress(OSError):
             self.save()

@@ -30,15 +30,15 @@ LITERAL_OR_NAME = re.compile(r"""'{3}.*?'{3}|"{3}.*?"{3}|'(?:[^'\\\n]|\\.)*'|"(?
 
 # %% ../../nbs/tracking/06_query.ipynb #9394a980
 class Query(NamedTuple):
-    "A text that was parsed. What it holds is checked when it is evaluated."
+    "A parsed text. Its parts are checked when it is evaluated."
 
     text: str
-    source: str  # what Python parses: a plain name stands in place of each one in backticks
+    source: str  # what Python parses: with a plain name in place of each one in backticks
     quoted: dict[str, str]  # from the plain name to the column's
     tree: ast.expr
 
     def error(self, node: ast.AST, problem: str) -> ValueError:
-        "What does not work, with the part of the text that it is about."
+        "The exception for a part of the text that does not work."
         part = ast.get_source_segment(self.source, node) or self.source
         for plain, name in self.quoted.items():
             part = part.replace(f" {plain} ", f"`{name}`").replace(plain, f"`{name}`")
@@ -60,23 +60,27 @@ def parse(
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{problem}it has {len(text)} characters, and {MOST_CHARACTERS} are the most.")
     source, quoted = _without_backticks(text)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Python, on how it is written
-            tree = ast.parse(source, mode="eval").body
-    except (RecursionError, MemoryError):
-        raise ValueError(f"{problem}it is nested too deeply.") from None
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{problem}{getattr(error, 'msg', error)}. For example: {EXAMPLE}") from None
+    tree = _parse_expression(source, problem)
     if _levels(tree) > MOST_LEVELS:
         raise ValueError(f"{problem}it is nested too deeply; {MOST_LEVELS} levels are the most.")
     if (count := sum(isinstance(node, ast.cmpop) for node in ast.walk(tree))) > MOST_COMPARISONS:
         raise ValueError(f"{problem}it has {count} comparisons, and {MOST_COMPARISONS} are the most; `in` takes a list.")
     return Query(text, source, quoted, tree)
 
+# %% ../../nbs/tracking/06_query.ipynb #b49cb05a
+def _parse_expression(source: str, problem: str) -> ast.expr:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of the style of a comparison
+            return ast.parse(source, mode="eval").body
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{problem}it is nested too deeply.") from None
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{problem}{getattr(error, 'msg', error)}. For example: {EXAMPLE}") from None
+
 # %% ../../nbs/tracking/06_query.ipynb #72f39caf
 def _without_backticks(text: str) -> tuple[str, dict[str, str]]:
-    "The text with a plain name in place of each one in backticks, and which is which. Backticks within literals are text."
+    "The text with a plain name in place of each one in backticks, and a dictionary from those names. Backticks within literals are text."
     stem, quoted = "column_", {}
     while stem in text:
         stem += "_"
@@ -91,6 +95,7 @@ def _without_backticks(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _levels(tree: ast.AST) -> int:
+    "How deeply a tree is nested, counted without recursion, up to one more than is allowed."
     count, level = 0, [tree]
     while level and count <= MOST_LEVELS:
         level = [child for node in level for child in ast.iter_child_nodes(node)]
@@ -118,13 +123,13 @@ def _kind_of(cls: type) -> str:
 def _kind(value: Any) -> str:
     return _kind_of(type(value))
 
-
+# %% ../../nbs/tracking/06_query.ipynb #0915cf72
 def _naive(moment: Any) -> datetime:
     "A moment as Python's own type, without its time zone, in UTC."
     moment = moment.to_pydatetime(warn=False) if hasattr(moment, "to_pydatetime") else moment
     return moment.astimezone(timezone.utc).replace(tzinfo=None) if moment.tzinfo else moment
 
-# %% ../../nbs/tracking/06_query.ipynb #23a05131
+
 def _moment(text: str) -> datetime:
     "Raises `ValueError` for what is no ISO 8601."
     text = text.strip().upper().replace("Z", "+00:00")
@@ -138,7 +143,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _is_in(left: Any, right: Any) -> bool | None:
-    "Whether it is one of a list's values, or a part of a text; None where neither can be."
+    "Whether it is one of a list's values, or a part of a text; None where neither is possible."
     if isinstance(right, frozenset):
         return _kind(left) in COMPARABLE and (_kind(left), left) in right
     return left in right if isinstance(left, str) and isinstance(right, str) else None
@@ -155,8 +160,7 @@ def _negated(holds: Callable[[Any, Any], bool | None]) -> Callable[[Any, Any], b
     return lambda left, right: None if (found := holds(left, right)) is None else not found
 
 # %% ../../nbs/tracking/06_query.ipynb #3babd573
-# What holds between two values that are both there; None where they cannot be compared.
-COMPARISONS = {
+COMPARISONS = {  # of two values that are not missing
     ast.Eq: _equal,
     ast.NotEq: _negated(_equal),
     ast.In: _is_in,
@@ -216,7 +220,7 @@ def _column(query: Query, node: ast.expr, table: Any, names: Mapping[str, str]) 
 
 # %% ../../nbs/tracking/06_query.ipynb #4a9ea960
 def _checked(query: Query, node: ast.Compare, left: Operand, comparison: ast.cmpop, right: Operand) -> type[ast.cmpop]:
-    "The comparison, if it makes sense between these two."
+    "The type of a comparison that is possible between these two sides. Raises `ValueError` for another."
     kind, belongs = type(comparison), isinstance(comparison, ast.In | ast.NotIn)
     asks_for_none = any(side.is_literal and side.value is None for side in (left, right))
     if left.is_literal and right.is_literal:
@@ -231,21 +235,26 @@ def _checked(query: Query, node: ast.Compare, left: Operand, comparison: ast.cmp
 
 # %% ../../nbs/tracking/06_query.ipynb #15957b65
 def _compare(query: Query, node: ast.Compare, left: Operand, comparison: ast.cmpop, right: Operand) -> list[bool]:
-    "One comparison, for every row. Raises `ValueError` where it makes sense for none of them."
+    "One comparison, for every row. Raises `ValueError` where it is possible for none of them."
     kind = _checked(query, node, left, comparison, right)
     left, right = _as_dates(query, node, left, right), _as_dates(query, node, right, left)
     if any(side.is_literal and side.value is None for side in (left, right)):
         return [(one is None and other is None) == (kind is ast.Eq) for one, other in zip(left.rows, right.rows)]
     if isinstance(right.value, list):
         right = right._replace(rows=repeat(frozenset((_kind(value), value) for value in right.value)))
-    rows = list(zip(left.rows, right.rows))
+    results = _compare_rows(query, node, kind, list(zip(left.rows, right.rows)))
+    missing = kind is ast.In and right.is_literal and None in right.value  # None in a list selects missing values
+    return [missing if result is None else result for result in results]
+
+
+def _compare_rows(query: Query, node: ast.Compare, kind: type[ast.cmpop], rows: list[tuple[Any, Any]]) -> list[bool | None]:
+    "For every row whether the comparison is true; None where a value is missing."
     there = [one is not None and other is not None for one, other in rows]
     results = [COMPARISONS[kind](*row) if present else None for row, present in zip(rows, there)]
     if any(there) and all(result is None for result in results):
         kinds = [_kind(value) for value in rows[there.index(True)]]
         raise query.error(node, f"compares {kinds[0]} with {kinds[1]}, which is true of no row")
-    missing = kind is ast.In and right.is_literal and None in right.value
-    return [bool(result) if present else missing for result, present in zip(results, there)]
+    return [bool(result) if present else None for result, present in zip(results, there)]
 
 # %% ../../nbs/tracking/06_query.ipynb #9ea403fb
 def _as_dates(query: Query, node: ast.Compare, side: Operand, other: Operand) -> Operand:
@@ -272,6 +281,24 @@ def _truth(query: Query, node: ast.expr, column: Operand) -> list[bool]:
         raise query.error(node, f"holds {_kind(others[0])}, which is no condition: compare it with something")
     return [value is True for value in values]
 
+# %% ../../nbs/tracking/06_query.ipynb #6abef55f
+def _condition(query: Query, node: ast.expr, operand: Callable[[ast.expr], Operand]) -> list[bool]:
+    "A truth value for every row."
+    match node:
+        case ast.BoolOp(joint, parts):
+            return _joined(joint, [_condition(query, part, operand) for part in parts])
+        case ast.BinOp(one, ast.BitAnd() | ast.BitOr() as joint, other):
+            return _joined(joint, [_condition(query, part, operand) for part in (one, other)])
+        case ast.UnaryOp(ast.Not() | ast.Invert(), part):
+            return [not holds for holds in _condition(query, part, operand)]
+        case ast.Compare(first, comparisons, others):
+            sides = [operand(side) for side in (first, *others)]
+            links = zip(sides, comparisons, sides[1:])
+            return _joined(ast.And(), [_compare(query, node, *link) for link in links])
+        case ast.Name() | ast.Attribute():
+            return _truth(query, node, operand(node))
+    raise query.error(node, f"{REFUSED.get(type(node), 'is no condition')}. {ALLOWED}")
+
 # %% ../../nbs/tracking/06_query.ipynb #639ea845
 def mask(
     table: Any,  # a pandas DataFrame
@@ -289,20 +316,4 @@ def mask(
         value = _literal(query, node)
         return Operand(repeat(value), is_literal=True, value=value)
 
-    def condition(node: ast.expr) -> list[bool]:
-        match node:
-            case ast.BoolOp(joint, parts):
-                return _joined(joint, [condition(part) for part in parts])
-            case ast.BinOp(one, ast.BitAnd() | ast.BitOr() as joint, other):
-                return _joined(joint, [condition(one), condition(other)])
-            case ast.UnaryOp(ast.Not() | ast.Invert(), part):
-                return [not holds for holds in condition(part)]
-            case ast.Compare(first, comparisons, others):
-                sides = [operand(side) for side in (first, *others)]
-                links = zip(sides, comparisons, sides[1:])
-                return _joined(ast.And(), [_compare(query, node, *link) for link in links])
-            case ast.Name() | ast.Attribute():
-                return _truth(query, node, operand(node))
-        raise query.error(node, f"{REFUSED.get(type(node), 'is no condition')}. {ALLOWED}")
-
-    return pandas.Series(condition(query.tree), index=table.index, dtype=bool)
+    return pandas.Series(_condition(query, query.tree, operand), index=table.index, dtype=bool)

@@ -9,7 +9,7 @@ __all__ = []
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +25,12 @@ from ..system.lock import find_holder
 from ..system.processes import Process
 
 # %% ../../nbs/tracking/01_record.ipynb #001e14d5
-HEARTBEAT_GRACE = 50  # seconds without a touch after which a record on another machine, or one half-written, is taken for dead
-ROOM = 1 << 16  # bytes that a run keeps on the disk for the end of its record
+HEARTBEAT_GRACE = 50  # seconds without a heartbeat after which a process on another machine, or a staging file, counts as stale
+ROOM = 1 << 16  # bytes that a run reserves on the disk for the end of its record
 
 # %% ../../nbs/tracking/01_record.ipynb #390f5540
 class Attempt(BaseModel):
-    "How a run went before it was continued."
+    "How an earlier attempt of a run went."
 
     started: str  # UTC
     ended: str | None  # None where it was killed
@@ -39,10 +39,8 @@ class Attempt(BaseModel):
     host: str
     step: int  # as far as the record knew
 
-# %% ../../nbs/tracking/01_record.ipynb #0abdeb13
-class RunRecord(BaseModel):
-    "What is known of a run. `write` and `read` keep it in the run's folder as run.json."
-
+# %% ../../nbs/tracking/01_record.ipynb #ef4da0bc
+class AttemptFields(BaseModel):
     folder: Path
     mode: Literal["train", "tune", "test", "predict"] = "train"
     status: Literal["running", "finished", "pruned", "stopped", "preempted", "failed"] = "running"
@@ -53,36 +51,49 @@ class RunRecord(BaseModel):
     earlier: list[Attempt] = []  # all attempts but the last
     host: str = ""
     pid: int = 0  # of rank 0
-    pid_began: float = 0.0  # as `dlnb.system.processes.began_at` gives it: a number is given again to others
-    machine: str = ""  # as `dlnb.system.processes.machine` gives it
-    settings: dict[str, Any] = {}  # the RunConfig as it was given
-    resolved: dict[str, Any] = {}  # what came of it on this machine
-    versions: dict[str, str] = {}
-    sources: dict[str, str] = {}  # of the model and the data, as `dlnb.tracking.sources.source_hashes` gives them
-    given: dict[str, str] = {}  # what told the model and the data that were passed from those of the settings
-    code: dict[str, Any] = {}  # the git commit, and whether files differ from it
-    hardware: dict[str, Any] = {}
-    epoch: int = 0  # epochs that were finished; in a training with checkpoints, as far as the newest one
-    step: int = 0  # optimizer steps that were made, likewise
-    metrics: dict[str, float | None] = {}  # the last ones; None for NaN
-    best_checkpoint: str | None = None  # relative to the folder
-    best_score: float | None = None
-    best_metrics: dict[str, float | None] = {}  # those of the best checkpoint's epoch
-    last_checkpoint: str | None = None
-    weights: str | None = None  # the best checkpoint's, as one file
-    notebook: str | None = None  # that made it, executed
-    resumed_from: str | None = None  # the checkpoint of another run that it went on from
-    run: str | None = None  # of a test: the folder of the training, or the file, whose weights it used
-    predictions: str | None = None  # one row a sample
-    wandb: dict[str, str] | None = None  # project, id and mode
+    pid_began: float = 0.0  # as `dlnb.system.processes.began_at` returns it
+    machine: str = ""  # as `dlnb.system.processes.machine` returns it
 
     @property
     def path(self) -> Path:
         "Where the record is."
         return self.folder / "run.json"
 
+    @property
+    def process(self) -> Process:
+        "The process of rank 0."
+        return Process(self.host, self.machine, self.pid, self.pid_began)
+
+# %% ../../nbs/tracking/01_record.ipynb #3f2d4dc3
+class Provenance(BaseModel):
+    settings: dict[str, Any] = {}  # the RunConfig as it was given
+    resolved: dict[str, Any] = {}  # what it became on this machine
+    versions: dict[str, str] = {}
+    sources: dict[str, str] = {}  # of the model and the data, as `dlnb.tracking.sources.source_hashes` returns them
+    given: dict[str, str] = {}  # what distinguished the model and the data that were passed from those of the settings
+    code: dict[str, Any] = {}  # the git commit, and whether files differ from it
+    hardware: dict[str, Any] = {}
+
+
+class Results(BaseModel):
+    epoch: int = 0  # finished epochs; in a training with checkpoints, as far as the newest one
+    step: int = 0  # optimizer steps, likewise
+    metrics: dict[str, float | None] = {}  # the last ones; None for NaN
+    best_checkpoint: str | None = None  # relative to the folder
+    best_score: float | None = None
+    best_metrics: dict[str, float | None] = {}  # those of the best checkpoint's epoch
+    last_checkpoint: str | None = None
+    weights: str | None = None  # the best checkpoint's, as one file
+    notebook: str | None = None  # the executed notebook of the run
+    resumed_from: str | None = None  # the checkpoint of another run
+    run: str | None = None  # of a test: the folder of the training, or the file, whose weights it used
+    predictions: str | None = None  # one row per sample
+    wandb: dict[str, str] | None = None  # project, id and mode
+
+# %% ../../nbs/tracking/01_record.ipynb #6bafb885
+class StoredRecord(Results, Provenance, AttemptFields):  # pydantic lists the fields of the last base first
     def write(self) -> None:
-        "Write run.json whole or not at all, and to the disk before returning."
+        "Write run.json in one step, and to the disk before returning."
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.model_dump(mode="json", exclude={"folder"}))
 
@@ -92,21 +103,9 @@ class RunRecord(BaseModel):
         folder: str | Path,  # a run's folder
     ) -> "RunRecord":
         "The record of a run. Raises `ValueError` where the folder holds none, or a damaged one."
-        path = Path(folder) / "run.json"
-        try:
-            written = read_json(path, allow_nan=True)  # as records were written once
-        except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} is no run's folder: it has no run.json.") from None
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-        try:
+        written = _read_run_json(folder)
+        with _damage_named(Path(folder) / "run.json"):
             return cls(folder=Path(folder), **written)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path} is damaged: {place}: {first['msg']}.") from error
-        except TypeError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
 
     @classmethod
     def read_or_new(
@@ -117,19 +116,39 @@ class RunRecord(BaseModel):
         "The record of a run, or a new one where the folder has none. Raises `ValueError` for a damaged one."
         return cls.read(folder) if (folder / "run.json").exists() else cls(folder=folder, mode=mode)
 
-    @property
-    def process(self) -> Process:
-        "Rank 0's."
-        return Process(self.host, self.machine, self.pid, self.pid_began)
+# %% ../../nbs/tracking/01_record.ipynb #bcc5049d
+def _read_run_json(folder: str | Path) -> Mapping[str, Any]:
+    path = Path(folder) / "run.json"
+    try:
+        return read_json(path, allow_nan=True)  # early records hold NaN
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is no run's folder: it has no run.json.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    "Report a wrong field with the record's path."
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path} is damaged: {place}: {first['msg']}.") from error
+    except TypeError as error:  # no dictionary
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+# %% ../../nbs/tracking/01_record.ipynb #14c17452
+class ObservedRecord(StoredRecord):
     @property
     def is_alive(self) -> bool:
-        "Whether it is seen to be trained: its process runs here, or its folder's lock is held."
+        "Whether it is known to run: its process runs here, or its folder's lock is held."
         return self.status == "running" and (self.process.is_running or find_holder(self.folder) is not None)
 
     @property
     def may_be_alive(self) -> bool:
-        "For the eye: whether it is alive, or was touched lately by a process that cannot be seen. What must not err waits (`dlnb.system.lock`)."
+        "For display: whether it is alive, or had a heartbeat lately from a process that cannot be seen."
         if self.is_alive or self.status != "running" or self.process.is_here:
             return self.is_alive
         try:
@@ -139,95 +158,104 @@ class RunRecord(BaseModel):
 
     @property
     def state(self) -> str:
-        "Its status; interrupted where it says running, and its process is gone."
+        "Its status; interrupted where the status is running, and its process is gone."
         return "interrupted" if self.status == "running" and not self.may_be_alive else self.status
 
     @property
     def is_own(self) -> bool:
-        "Whether it is this process that trains it."
+        "Whether this process trains it."
         return self.status == "running" and self.process == Process.this()
 
+# %% ../../nbs/tracking/01_record.ipynb #5769e91e
+def _begin_attempt(record: ObservedRecord) -> None:
+    if record.attempts:
+        status = "interrupted" if record.status == "running" else record.status
+        before = {name: getattr(record, name) for name in ("started", "ended", "error", "host", "step")}
+        record.earlier.append(Attempt(status=status, **before))
+    record.status, record.error, record.started, record.ended = "running", None, now(), None
+    process, record.attempts = Process.this(), record.attempts + 1
+    record.host, record.machine, record.pid, record.pid_began = process.host, process.machine, process.pid, process.began
+    record.versions, record.code, record.hardware = package_versions(), code_version(), hardware()
+
+# %% ../../nbs/tracking/01_record.ipynb #71e5f8f8
+def _remove_stale_staging(folder: Path) -> None:
+    for left in folder.glob(".run.json.*.new"):
+        with suppress(FileNotFoundError):  # another worker of a search has just renamed it to run.json
+            if time.time() > left.stat().st_mtime + HEARTBEAT_GRACE:  # by a process that was killed
+                left.unlink()
+
+
+def _reserved_space(folder: Path) -> Path:
+    return folder / ".run.json.room"
+
+
+def _reserve_space(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        _reserved_space(folder).write_bytes(bytes(ROOM))
+
+# %% ../../nbs/tracking/01_record.ipynb #05e93a2f
+def _announce_to_engine(record: StoredRecord) -> None:
+    if JOB not in os.environ or not await_job_folder(job := Path(os.environ[JOB])):
+        return
+    record.notebook = (job / "name").read_text(encoding="utf-8")
+    shutil.copy(job / "notebook.ipynb", record.folder / record.notebook)
+    (job / "run").write_text(str(record.folder.resolve()), encoding="utf-8")
+
+# %% ../../nbs/tracking/01_record.ipynb #1b0ff2f8
+ENDS = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped", "Pruned": "pruned"}
+
+
+class TrackedRecord(ObservedRecord):
     def announce(self) -> None:
-        "Where the engine runs this notebook, tell it in which folder that belongs executed; until then it stands there as it began."
-        if JOB not in os.environ or not await_job_folder(job := Path(os.environ[JOB])):
-            return
-        self.notebook = (job / "name").read_text(encoding="utf-8")
-        shutil.copy(job / "notebook.ipynb", self.folder / self.notebook)
-        (job / "run").write_text(str(self.folder.resolve()), encoding="utf-8")
+        "Report the run's folder to the engine, where the engine runs this notebook."
+        _announce_to_engine(self)
 
     def begin(self) -> None:
-        "Note a new attempt, by this process."
-        if self.attempts:
-            status = "interrupted" if self.status == "running" else self.status
-            before = {name: getattr(self, name) for name in ("started", "ended", "error", "host", "step")}
-            self.earlier.append(Attempt(status=status, **before))
-        self.status, self.error, self.started, self.ended = "running", None, now(), None
-        process, self.attempts = Process.this(), self.attempts + 1
-        self.host, self.machine, self.pid, self.pid_began = process.host, process.machine, process.pid, process.began
-        self.versions, self.code, self.hardware = package_versions(), code_version(), hardware()
-        self._keep_room()
-        for left in self.folder.glob(".run.json.*.new"):
-            with suppress(FileNotFoundError):  # another worker of a search has just made it the record
-                if time.time() > left.stat().st_mtime + HEARTBEAT_GRACE:  # by a process that was killed
-                    left.unlink()
-
-    @property
-    def _room(self) -> Path:
-        return self.folder / ".run.json.room"
-
-    def _keep_room(self) -> None:
-        "Take the room on the disk that the record's end is going to need: a full disk often is that end."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):
-            self._room.write_bytes(bytes(ROOM))
-
-    def _write_end(self) -> None:
-        self._room.unlink(missing_ok=True)
-        self.write()
+        "Record a new attempt, by this process."
+        _begin_attempt(self)
+        _reserve_space(self.folder)
+        _remove_stale_staging(self.folder)
 
     def end(self, error: BaseException | None = None) -> None:
-        "Note how the attempt ended."
+        "Record how the attempt ended."
         self.ended = now()
-        kinds = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped", "Pruned": "pruned"}
-        self.status = "finished" if error is None else kinds.get(type(error).__name__, "failed")
+        self.status = "finished" if error is None else ENDS.get(type(error).__name__, "failed")
         self.error = None if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        "Put the end of what is done here, good or bad, on the disk, if an attempt has begun here."
-        error, attempts = None, self.attempts
-        try:
-            with self.heartbeat():
-                yield
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            if self.attempts > attempts:
-                self.end(error)
-                # What it ends with shall be told, not a full disk once more.
-                with suppress(OSError) if error else nullcontext():
-                    self._write_end()
+    def kept(self) -> AbstractContextManager[None]:
+        "Write the end of what is done inside, success or failure, if an attempt begins there."
+        return _keep(self)
 
     def heartbeat(self, every: float = 15.0) -> AbstractContextManager[None]:
-        "Touch the record every so many seconds, for those who look from another machine."
+        "Update the record's modification time every so many seconds, for readers on other machines."
         return touching(self.path, every)
+
+# %% ../../nbs/tracking/01_record.ipynb #cdf6ad26
+@contextmanager
+def _keep(record: TrackedRecord) -> Iterator[None]:
+    error, attempts = None, record.attempts
+    try:
+        with record.heartbeat():
+            yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if record.attempts > attempts:
+            record.end(error)
+            # The first error is what the user needs to see, not a full disk after it.
+            with suppress(OSError) if error else nullcontext():
+                _reserved_space(record.folder).unlink(missing_ok=True)
+                record.write()
+
+# %% ../../nbs/tracking/01_record.ipynb #0abdeb13
+class RunRecord(TrackedRecord):
+    "What is known of a run. `write` and `read` keep it in the run's folder as run.json."
 
     def summary(self) -> dict[str, str]:
         "The few lines that a reader wants first."
-        resolved = self.resolved
-        rows = {"status": self.state if not self.error else f"{self.state}: {self.error}", "folder": str(self.folder)}
-        rows |= {
-            name: str(resolved[name])
-            for name in ("strategy", "optimizer", "world_size", "parameters")
-            if name in resolved
-        }
-        metrics = {name: "nan" if value is None else f"{value:.4g}" for name, value in sorted(self.metrics.items())}
-        if self.mode in ("test", "predict"):
-            return rows | {"run": self.run} | metrics | ({"predictions": self.predictions} if self.predictions else {})
-        rows |= {"went on from": self.resumed_from} if self.resumed_from else {}
-        best = f"{self.best_checkpoint} ({self.best_score:.4g})" if self.best_score is not None else "-"
-        return rows | {"trained": f"{self.epoch} epochs, {self.step} steps"} | metrics | {"best checkpoint": best}
+        return _summary_of(self)
 
     def __str__(self) -> str:
         return "\n".join(f"{name:16} {value}" for name, value in self.summary().items())
@@ -240,3 +268,18 @@ class RunRecord(BaseModel):
             f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items()
         )
         return {"text/plain": str(self), "text/html": f"<table>{rows}</table>"}
+
+# %% ../../nbs/tracking/01_record.ipynb #9ad722ba
+def _summary_of(record: RunRecord) -> dict[str, str]:
+    resolved, state = record.resolved, record.state
+    rows = {"status": state if not record.error else f"{state}: {record.error}", "folder": str(record.folder)}
+    shown = ("strategy", "optimizer", "world_size", "parameters")
+    rows |= {name: str(resolved[name]) for name in shown if name in resolved}
+    metrics = {name: "nan" if value is None else f"{value:.4g}" for name, value in sorted(record.metrics.items())}
+    if record.mode in ("test", "predict"):
+        predictions = {"predictions": record.predictions} if record.predictions else {}
+        return rows | {"run": record.run} | metrics | predictions
+    rows |= {"resumed from": record.resumed_from} if record.resumed_from else {}
+    best = f"{record.best_checkpoint} ({record.best_score:.4g})" if record.best_score is not None else "-"
+    trained = {"trained": f"{record.epoch} epochs, {record.step} steps"}
+    return rows | trained | metrics | {"best checkpoint": best}

@@ -34,7 +34,7 @@ def file_of(
         folders = spec.submodule_search_locations or []
     return Path(spec.origin).resolve() if spec.has_location else None
 
-
+# %% ../../nbs/tracking/02_sources.ipynb #dcc2fcf7
 def is_own(
     module: str,
 ) -> bool:
@@ -62,7 +62,7 @@ def module_texts(
 
 
 def _statements(text: str) -> list[ast.stmt]:
-    "Without docstrings; none where it is no Python."
+    "The statements of a module without docstrings; none where the text is no Python."
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -73,13 +73,7 @@ def _statements(text: str) -> list[ast.stmt]:
     return tree.body
 
 # %% ../../nbs/tracking/02_sources.ipynb #7d8568cb
-def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    yield table
-    for child in table.get_children():
-        yield from _tables(child)
-
-
-def _bound(statement: ast.stmt) -> set[str]:
+def _bound_names(statement: ast.stmt) -> set[str]:
     "The names that a statement of a module defines."
     if isinstance(statement, ast.AugAssign):
         return set()
@@ -87,7 +81,7 @@ def _bound(statement: ast.stmt) -> set[str]:
     return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
 
 
-def _touched(statement: ast.stmt) -> set[str]:
+def _partly_assigned(statement: ast.stmt) -> set[str]:
     "The names whose values a statement changes in part: `x += 1`, `x.a = 1`, `x[0] = 1`."
     targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
     names = set()
@@ -107,18 +101,22 @@ def definitions(
         if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
             found.setdefault("*", []).append(statement)
             continue
-        bound = _bound(statement)
+        bound = _bound_names(statement)
         found |= {name: [statement] for name in bound}
-        for name in _touched(statement) - bound:
+        for name in _partly_assigned(statement) - bound:
             if name in found and not isinstance(found[name][0], (ast.Import, ast.ImportFrom)):
                 found[name].append(statement)
     return found
 
-# %% ../../nbs/tracking/02_sources.ipynb #ec5ca4c8
-def uses(
-    statement: ast.stmt,
-) -> dict[str, set[tuple[str, ...]]]:  # to each global name the chains of attributes that are read from it
-    "The global names that a statement, or a function in it, refers to, and those that it imports itself."
+# %% ../../nbs/tracking/02_sources.ipynb #d1c92ba7
+def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    "A scope and all scopes inside it."
+    yield table
+    for child in table.get_children():
+        yield from _tables(child)
+
+
+def _global_names(statement: ast.stmt) -> set[str]:
     table = symtable.symtable(ast.unparse(statement), "source", "exec")
     names = {
         symbol.get_name()
@@ -127,8 +125,14 @@ def uses(
         if symbol.is_referenced() and (scope.get_type() == "module" or symbol.is_global())
     }
     imports = (node for node in ast.walk(statement) if isinstance(node, (ast.Import, ast.ImportFrom)))
-    names |= {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-    found: dict[str, set[tuple[str, ...]]] = {name: set() for name in names}
+    return names | {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+
+# %% ../../nbs/tracking/02_sources.ipynb #ec5ca4c8
+def uses(
+    statement: ast.stmt,
+) -> dict[str, set[tuple[str, ...]]]:  # to each global name the chains of attributes that are read from it
+    "The global names that a statement, or a function in it, refers to, and those that it imports itself."
+    found: dict[str, set[tuple[str, ...]]] = {name: set() for name in _global_names(statement)}
     for node in ast.walk(statement):
         chain: tuple[str, ...] = ()
         while isinstance(node, ast.Attribute):
@@ -145,11 +149,11 @@ class Place(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        "As a reader knows it: a file that was imported by its path has its name, wherever it lies."
+        "As a reader knows it: a file that was imported by its path has the file's name, in whatever folder it is."
         file = file_of(self.module) if "." not in self.module and self.module != "__main__" else None
         return f"{file.name if file else self.module}:{self.name}"
 
-
+# %% ../../nbs/tracking/02_sources.ipynb #cb029b4e
 def _origins(statement: ast.stmt, place: Place) -> list[tuple[str, str | None]]:
     "The modules that a statement imports the name from, each with its name there; None for the module itself."
     file, found = file_of(place.module), []
@@ -165,76 +169,98 @@ def _origins(statement: ast.stmt, place: Place) -> list[tuple[str, str | None]]:
     return found
 
 # %% ../../nbs/tracking/02_sources.ipynb #ce49096f
+class Modules:
+    "The definitions of the modules that were looked at, and where a chain of names leads."
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, list[ast.stmt]]] = {}
+
+    def read(self, module: str) -> None:
+        "Read a module, also where it is an installed one."
+        self.known[module] = definitions(module_texts(module))
+
+    def definitions(self, module: str) -> dict[str, list[ast.stmt]]:
+        "What a module of the user's own defines; nothing for another module, unless `read` has read it."
+        if module not in self.known:
+            self.known[module] = definitions(module_texts(module)) if is_own(module) else {}
+        return self.known[module]
+
+    def _star_origins(self, place: Place) -> list[tuple[str, str | None]]:
+        "The modules that a name may come from where its own does not define it: `from x import *`, or a package's submodule."
+        stars = self.definitions(place.module).get("*", [])
+        origins = [(source, place.name) for star in stars for source, _ in _origins(star, Place(place.module, "*"))]
+        is_module = file_of(f"{place.module}.{place.name}") is not None
+        return [*origins, (f"{place.module}.{place.name}", None)] if is_module else origins
+
+# %% ../../nbs/tracking/02_sources.ipynb #3961ca1d
+def _places(
+    modules: Modules, module: str, chain: tuple[str, ...], within: ast.stmt | None = None, seen: frozenset = frozenset()
+) -> list[Place]:
+    "Where `module.a.b` is defined: by an import in the statement that uses it, in the module, or where the module imports it from."
+    if (module, chain) in seen or not chain:
+        return []
+    place, rest, seen = Place(module, chain[0]), chain[1:], seen | {(module, chain)}
+    here = modules.definitions(module)
+    origins = _origins(within, place) if within else []
+    is_defined = not origins and place.name in here
+    if is_defined and rest:
+        origins = [origin for statement in here[place.name] for origin in _origins(statement, place)]
+    elif not origins and not is_defined:
+        origins = modules._star_origins(place)
+    further = [(source, (name, *rest) if name else rest) for source, name in origins]
+    found = [found for source, chain in further for found in _places(modules, source, chain, seen=seen)]
+    return [place, *found] if is_defined else found
+
+# %% ../../nbs/tracking/02_sources.ipynb #cd07bc14
 class Sources:
     "The pieces of source that classes and functions use: `hashes`, to each place."
 
     def __init__(self) -> None:
         self.hashes: dict[Place, str] = {}
-        self.modules: dict[str, dict[str, list[ast.stmt]]] = {}
+        self.modules = Modules()
 
     def add(
         self,
         value: Any,  # a class or a function
         always: bool = False,  # also where its module is an installed one
     ) -> None:
-        "Follow what it uses; nothing where its module is not the user's, or has no source."
+        "Add what it uses; nothing where its module is not the user's, or has no source."
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "").partition(".")[0]
         if module not in sys.modules or not name:
             return
         if always:
-            self.modules[module] = definitions(module_texts(module))
+            self.modules.read(module)
         waiting = [Place(module, name)]
         while waiting:
             place = waiting.pop()
-            statements = self._definitions(place.module).get(place.name)
+            statements = self.modules.definitions(place.module).get(place.name)
             if statements and place not in self.hashes:
-                waiting += self._take(place, statements)
+                self.hashes[place], used = _visit(self.modules, place, statements)
+                waiting += used
 
-    def _definitions(self, module: str) -> dict[str, list[ast.stmt]]:
-        if module not in self.modules:
-            self.modules[module] = definitions(module_texts(module)) if is_own(module) else {}
-        return self.modules[module]
+# %% ../../nbs/tracking/02_sources.ipynb #7cbaba3d
+def _visit(modules: Modules, place: Place, statements: list[ast.stmt]) -> tuple[str, list[Place]]:
+    "The hash of a place, and the places that it uses."
+    if all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements):
+        origins = [origin for statement in statements for origin in _origins(statement, place)]
+        sources = {(source, name) for source, name in origins if name}
+        return _hash(json.dumps(origins)), [found for source, name in sources for found in _places(modules, source, (name,))]
+    used = []
+    for statement in statements:
+        for name, attributes in uses(statement).items():
+            for chain in [(), *sorted(attributes)]:
+                used += _places(modules, place.module, (name, *chain), statement)
+    return _hash("\n".join(map(ast.unparse, statements))), used
 
-    def _take(self, place: Place, statements: list[ast.stmt]) -> list[Place]:
-        "Note a place's hash; return the places that it uses."
-        is_import = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements)
-        origins = [origin for statement in statements for origin in _origins(statement, place)] if is_import else []
-        text = json.dumps(origins) if is_import else "\n".join(map(ast.unparse, statements))
-        self.hashes[place] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        chains = {(source, name) for source, name in origins if name}
-        found = [place for source, name in chains for place in self._places(source, (name,))]
-        for statement in () if is_import else statements:
-            for name, attributes in uses(statement).items():
-                for chain in [(), *sorted(attributes)]:
-                    found += self._places(place.module, (name, *chain), statement)
-        return found
 
-    def _places(
-        self, module: str, chain: tuple[str, ...], within: ast.stmt | None = None, seen: frozenset = frozenset()
-    ) -> list[Place]:
-        "Where `module.a.b` is defined: by an import inside the statement that uses it, in the module, or where that imports it from."
-        if (module, chain) in seen or not chain:
-            return []
-        place, rest, seen = Place(module, chain[0]), chain[1:], seen | {(module, chain)}
-        here = self._definitions(module)
-        origins = _origins(within, place) if within else []
-        is_defined = not origins and place.name in here
-        if is_defined and rest:
-            origins = [origin for statement in here[place.name] for origin in _origins(statement, place)]
-        elif not origins and not is_defined:
-            stars = [origin for statement in here.get("*", []) for origin in _origins(statement, Place(module, "*"))]
-            origins = [(source, place.name) for source, _ in stars]
-            if file_of(f"{module}.{place.name}"):
-                origins.append((f"{module}.{place.name}", None))
-        further = [(source, (name, *rest) if name else rest) for source, name in origins]
-        found = [found for source, chain in further for found in self._places(source, chain, seen=seen)]
-        return [place, *found] if is_defined else found
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../../nbs/tracking/02_sources.ipynb #f1a91aa3
 def source_hashes(
     *values: Any,  # classes and functions
 ) -> dict[str, str]:  # twelve hexadecimal digits to each place, as "net.py:Net"; empty where there is no source
-    "The source that these use, piece by piece, whoever's their own modules are."
+    "The source that these use, piece by piece. Their own modules may be installed ones."
     sources = Sources()
     for value in values:
         sources.add(value, always=True)
@@ -242,7 +268,7 @@ def source_hashes(
 
 
 def named(sources: Sources) -> dict[str, str]:
-    "The hashes by what a reader calls their places; two files of one name share it."
+    "The hashes by the names that a reader knows; two files of one name share an entry."
     found: dict[str, list[str]] = {}
     for place, value in sources.hashes.items():
         found.setdefault(str(place), []).append(value)
@@ -253,5 +279,5 @@ def changed(
     before: Mapping[str, str],
     now: Mapping[str, str],
 ) -> list[str]:  # the places, in order
-    "Which pieces of `source_hashes` differ. One that is new, or gone, was put to use by a change of another one."
+    "Which pieces of `source_hashes` differ. A new or missing piece follows from a change of another one, which is reported."
     return sorted(place for place in before.keys() & now.keys() if before[place] != now[place])

@@ -10,9 +10,14 @@ import os
 import secrets
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .record import RunRecord
 
@@ -20,9 +25,9 @@ from .record import RunRecord
 def wandb_mode(
     wanted: str,  # auto, online, offline or disabled
 ) -> str:  # online, offline or disabled
-    """What 'auto' means here, and whether 'online' can be.
+    """The mode that 'auto' means here, and whether 'online' is possible.
 
-    'auto' is what the environment variable WANDB_MODE says; else online where W&B has a key and its server takes it, or offline.
+    'auto' is the value of the environment variable WANDB_MODE; else online where W&B has a key and its server accepts it, or offline.
     """
     if wanted == "auto":
         wanted = os.environ.get("WANDB_MODE", "auto")
@@ -42,99 +47,29 @@ def wandb_mode(
         warnings.warn(f"W&B is offline for this run: {problem}", stacklevel=2)
     return "offline"
 
-# %% ../../nbs/tracking/09_wandb.ipynb #f3d4805b
-def _careful_logger(record: RunRecord, arguments: dict[str, Any]) -> Any:
-    "Lightning's WandbLogger, which never fails a training nor holds it up, and logs no step twice."
-    from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
-    from lightning.pytorch.loggers import WandbLogger
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+# %% ../../nbs/tracking/09_wandb.ipynb #0fc7ada8
+TIME_FOR_WANDB = 30.0  # seconds that a run waits for W&B, when it begins and when it ends
 
-    class CarefulWandbLogger(WandbLogger):
-        marker = record.folder / "wandb" / f"last-step-{record.wandb['id']}"  # what was logged before a crash
-        log_after = int(marker.read_text() or -1) if marker.exists() else -1
 
-        def __init__(self) -> None:
-            super().__init__(**arguments)
-            self.failed, self.ended, self.lines = False, threading.Event(), SimpleQueue()
-            self.sender = threading.Thread(target=self._send_lines, name="dlnb-wandb", daemon=True)
+class LineSender:
+    "Sends lines of metrics in a thread, so that nothing waits for W&B."
 
-        def _carefully(self, do: Any) -> Any:
-            try:
-                return None if self.failed else do()
-            except Exception as error:  # whatever it is, it is not the training's
-                self.failed = True
-                warnings.warn(f"W&B has failed, and the training goes on without: {error}", stacklevel=3)
+    def __init__(self, send: Callable[[dict, int | None], None]):
+        self.send, self.ended, self.lines = send, threading.Event(), SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="dlnb-wandb", daemon=True)
 
-        def _begin(self) -> Any:
-            self._wandb_init.pop("anonymous")  # W&B warns of it
-            run = _begin_wandb(record, self._wandb_init)
-            self.sender.start()
-            return run
+    def _run(self) -> None:
+        for metrics, step in iter(self.lines.get, None):
+            self.send(metrics, step)
+            if self.lines.empty():
+                self.ended.wait(1)  # second
 
-        @property
-        @rank_zero_experiment
-        def experiment(self) -> Any:
-            if self._experiment is None:
-                self._experiment = self._carefully(self._begin)
-            return self._experiment or _DummyExperiment()
-
-        @rank_zero_only
-        def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-            if step is None or step > self.log_after:
-                self.lines.put((dict(metrics), step))
-
-        def _send_lines(self) -> None:
-            "In a thread: W&B takes a line in a millisecond, and in a third of it where several come together."
-            for metrics, step in iter(self.lines.get, None):
-                self._carefully(lambda: self._send(metrics, step))
-                if self.lines.empty():
-                    self.ended.wait(1)  # second
-
-        def _send(self, metrics: dict, step: int | None) -> None:
-            if step is not None:
-                self.marker.write_text(str(step))  # before it is sent: never twice
-            WandbLogger.log_metrics.__wrapped__(self, metrics, step)
-
-        @rank_zero_only
-        def log_hyperparams(self, params: Any) -> None:
-            self._carefully(lambda: WandbLogger.log_hyperparams.__wrapped__(self, params))
-
-        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-            "The record leads to the checkpoints."
-
-        @rank_zero_only
-        def finalize(self, status: str) -> None:
-            "A run is ended by `end_wandb`, when its weights are there."
-
-        @rank_zero_only
-        def end(self) -> None:
-            self.lines.put(None)
-            self.ended.set()
-            if self.sender.is_alive():
-                self.sender.join(TIME_FOR_WANDB)
-            self._carefully(lambda: _end_wandb(self.experiment, record))
-
-    return CarefulWandbLogger()
-
-# %% ../../nbs/tracking/09_wandb.ipynb #78f723e5
-def wandb_logger(
-    record: RunRecord,
-    project: str,
-    tags: list[str],  # searched by in W&B
-    group: str,  # runs of the same settings, or of one study
-):  # a lightning.pytorch.loggers.WandbLogger; None where W&B is disabled, and on all ranks but the first
-    "A logger for the run's own W&B run; the record then holds its id."
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    os.environ.setdefault("WANDB_SILENT", "true")  # the notebook shows what its reader needs
-    if rank_zero_only.rank or (mode := wandb_mode(record.settings["wandb"])) == "disabled":
-        return None
-    record.wandb = {"project": project, "id": (record.wandb or {}).get("id") or secrets.token_hex(4), "mode": mode}
-    folder = str(record.folder.resolve())
-    names = {"project": project, "id": record.wandb["id"], "name": record.folder.name}
-    config = record.settings | {"folder": folder} | ({"run": record.run} if record.run else {})
-    arguments = names | {"group": group, "job_type": record.mode, "tags": tags, "config": config, "save_dir": folder}
-    return _careful_logger(record, arguments)
+    def finish(self) -> None:
+        "Send the lines that wait, for a bounded time."
+        self.lines.put(None)
+        self.ended.set()
+        if self.thread.is_alive():
+            self.thread.join(TIME_FOR_WANDB)
 
 # %% ../../nbs/tracking/09_wandb.ipynb #3f609298
 def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
@@ -142,7 +77,7 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
     import wandb
 
     bounds = {"init_timeout": TIME_FOR_WANDB, "finish_timeout": TIME_FOR_WANDB, "finish_timeout_raises": True}
-    # The record knows the git commit. A run that the notebook has of its own is left alone.
+    # The record has the git commit. A run that the notebook has of its own is left alone.
     settings = wandb.Settings(silent=True, disable_git=True, reinit="create_new", **bounds)
     run = wandb.init(**arguments, mode=record.wandb["mode"], settings=settings)
     run.define_metric("trainer/global_step")
@@ -150,15 +85,6 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
     if run.url:
         print(f"W&B: {run.url}")
     return run
-
-
-def end_wandb(
-    loggers: list[Any],  # of a Trainer whose record has its end
-) -> None:
-    "Put the end of a run into W&B: its results, where its files are, and a word to whoever waits for it."
-    for logger in loggers:
-        if hasattr(logger, "end"):
-            logger.end()
 
 # %% ../../nbs/tracking/09_wandb.ipynb #bfed2b30
 def _end_wandb(run: Any, record: RunRecord) -> None:
@@ -170,15 +96,7 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
             {"checkpoint": checkpoint and str((record.folder / checkpoint).resolve())}, allow_val_change=True
         )
         run.summary.update(record.metrics | {f"best/{name}": value for name, value in record.best_metrics.items()})
-        artifact = wandb.Artifact(
-            f"run-{record.wandb['id']}", type="run", metadata={"folder": str(record.folder.resolve())}
-        )
-        files = [record.folder / name for name in (record.weights, record.notebook) if name]
-        files += [Path(path) for path in [record.settings.get("best_params")] if path]  # as it was given
-        for file in files:
-            # A reference: W&B need not hold them, and the notebook is executed only when it has ended.
-            artifact.add_reference(file.resolve().as_uri(), name=file.name, checksum=False)
-        run.log_artifact(artifact)
+        run.log_artifact(_artifact_of(record))
         level = wandb.AlertLevel.INFO if record.status == "finished" else wandb.AlertLevel.ERROR
         run.alert(title=f"{record.mode} {record.status}", text=str(record), level=level)
     finally:
@@ -188,5 +106,113 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
             f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}"
         )
 
-# %% ../../nbs/tracking/09_wandb.ipynb #0fc7ada8
-TIME_FOR_WANDB = 30.0  # seconds that a run waits for W&B, when it begins and when it ends
+# %% ../../nbs/tracking/09_wandb.ipynb #3005d746
+def _artifact_of(record: RunRecord) -> Any:
+    import wandb
+
+    folder = str(record.folder.resolve())
+    artifact = wandb.Artifact(f"run-{record.wandb['id']}", type="run", metadata={"folder": folder})
+    files = [record.folder / name for name in (record.weights, record.notebook) if name]
+    files += [Path(path) for path in [record.settings.get("best_params")] if path]  # as it was given
+    for file in files:
+        # A reference: W&B need not hold them, and the notebook is executed only when it has ended.
+        artifact.add_reference(file.resolve().as_uri(), name=file.name, checksum=False)
+    return artifact
+
+# %% ../../nbs/tracking/09_wandb.ipynb #f3d4805b
+class GuardedWandbLogger(WandbLogger):
+    "Lightning's WandbLogger, which begins the W&B run at the first use and never fails a training."
+
+    def __init__(
+        self,
+        record: RunRecord,  # whose `wandb` has the id
+        arguments: dict[str, Any],  # of WandbLogger
+    ):
+        super().__init__(**arguments)
+        self.record, self.failed, self.sender = record, False, LineSender(self._send)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = self._carefully(self._begin)
+        return self._experiment or _DummyExperiment()
+
+    def _begin(self) -> Any:
+        self._wandb_init.pop("anonymous")  # W&B warns of it
+        run = _begin_wandb(self.record, self._wandb_init)
+        self.sender.thread.start()
+        return run
+
+    def _carefully(self, do: Callable[[], Any]) -> Any:
+        try:
+            return None if self.failed else do()
+        except Exception as error:  # whatever it is, the training must not fail with it
+            self.failed = True
+            warnings.warn(f"W&B has failed, and the training continues without it: {error}", stacklevel=3)
+
+# %% ../../nbs/tracking/09_wandb.ipynb #429e7282
+class CarefulWandbLogger(GuardedWandbLogger):
+    "A logger that delays no training, and logs no step twice."
+
+    def __init__(self, record: RunRecord, arguments: dict[str, Any]):
+        super().__init__(record, arguments)
+        self.marker = record.folder / "wandb" / f"last-step-{record.wandb['id']}"  # the last step before a crash
+        self.log_after = int(self.marker.read_text() or -1) if self.marker.exists() else -1
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        if step is None or step > self.log_after:
+            self.sender.lines.put((dict(metrics), step))
+
+    def _send(self, metrics: dict, step: int | None) -> None:
+        self._carefully(lambda: _send_line(self, metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._carefully(lambda: WandbLogger.log_hyperparams.__wrapped__(self, params))
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        "Does nothing: the record refers to the checkpoints."
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        "Does nothing: `end_wandb` ends the run later, when its weights are written."
+
+    @rank_zero_only
+    def end(self) -> None:
+        self.sender.finish()
+        self._carefully(lambda: _end_wandb(self.experiment, self.record))
+
+# %% ../../nbs/tracking/09_wandb.ipynb #2dd90e63
+def _send_line(logger: CarefulWandbLogger, metrics: dict, step: int | None) -> None:
+    if step is not None:
+        logger.marker.write_text(str(step))  # before it is sent: never twice
+    WandbLogger.log_metrics.__wrapped__(logger, metrics, step)
+
+# %% ../../nbs/tracking/09_wandb.ipynb #78f723e5
+def wandb_logger(
+    record: RunRecord,
+    project: str,
+    tags: list[str],  # searched by in W&B
+    group: str,  # runs of the same settings, or of one study
+):  # a lightning.pytorch.loggers.WandbLogger; None where W&B is disabled, and on all ranks but the first
+    "A logger for the run's own W&B run; the record then has its id."
+    os.environ.setdefault("WANDB_SILENT", "true")  # the notebook shows what its reader needs
+    if rank_zero_only.rank or (mode := wandb_mode(record.settings["wandb"])) == "disabled":
+        return None
+    record.wandb = {"project": project, "id": (record.wandb or {}).get("id") or secrets.token_hex(4), "mode": mode}
+    folder = str(record.folder.resolve())
+    names = {"project": project, "id": record.wandb["id"], "name": record.folder.name}
+    config = record.settings | {"folder": folder} | ({"run": record.run} if record.run else {})
+    arguments = names | {"group": group, "job_type": record.mode, "tags": tags, "config": config, "save_dir": folder}
+    return CarefulWandbLogger(record, arguments)
+
+
+def end_wandb(
+    loggers: list[Any],  # of a Trainer whose record has its end
+) -> None:
+    "Send the end of a run to W&B: its results, where its files are, and an alert."
+    for logger in loggers:
+        if hasattr(logger, "end"):
+            logger.end()
