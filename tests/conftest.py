@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from warm import WarmPython
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -46,6 +47,19 @@ def environment(tmp_path_factory):
     "Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way."
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     os.environ["DLNB_KEY"] = str(tmp_path_factory.mktemp("installation") / "key")
+
+
+@pytest.fixture(scope="session")
+def warm(environment):
+    "A Python that has imported torch already, for tests that do not look at processes themselves."
+    with WarmPython() as warm:
+        yield warm.executable
+
+
+@pytest.fixture
+def warm_kernels(warm, monkeypatch):
+    "Kernels and ranks that this test's own process starts are warm."
+    monkeypatch.setattr(sys, "executable", warm)
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
@@ -153,11 +167,12 @@ def is_running(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def papermill(tmp_path):
+def papermill(tmp_path, warm):
     "Start papermill; whatever is left of it is ended after the test."
     started = []
 
     def start(notebook: Path, *arguments, **options) -> Papermill:
+        options.setdefault("launcher", (warm,))
         started.append(Papermill(notebook, tmp_path / f"out-{len(started)}.ipynb", *arguments, **options))
         return started[-1]
 
@@ -181,7 +196,7 @@ Trained = namedtuple("Trained", "strategy notebook folder record config")
 
 
 @pytest.fixture(scope="session")
-def train(tmp_path_factory):
+def train(tmp_path_factory, warm):
     "Train a strategy once a session, through papermill."
     from dlnb.config import RunConfig
     from dlnb.engine import launch
@@ -194,7 +209,9 @@ def train(tmp_path_factory):
                 strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
             )
             settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
-            notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "executable", warm)
+                notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
             record = json.loads((folder / "run.json").read_text())
             runs[strategy] = Trained(strategy, notebook, folder, record, RunConfig(**record["settings"]))
         return runs[strategy]

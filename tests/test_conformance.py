@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dlnb.engine import launch
 from dlnb.training.build import build_model
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("warm_kernels")]
 
 
 @pytest.fixture(params=OPTIMIZERS)

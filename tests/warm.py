@@ -1,0 +1,244 @@
+"""A Python that starts at once: processes forked from a server that has imported torch, Lightning and DeepSpeed already.
+
+Importing them takes seven seconds of a core in every process, and the suite starts hundreds. `WarmPython().executable` is
+used as `sys.executable` is: it hands its arguments, environment, folder and open files to the server, which forks the
+process; signals and the exit status pass between the two, and where either is killed, so is the other. Each process has
+still memory, files and a process id of its own. Tests that kill a process by its id, or look at what is imported, start
+`sys.executable` itself.
+"""
+
+import array
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PRELOADED = ("lightning.pytorch", "torch._dynamo", "deepspeed", "ipykernel.kernelapp", "papermill", "pandas", "pyarrow.parquet",
+             "matplotlib.pyplot", "optuna", "torch.utils.tensorboard", "sklearn.datasets", "pydantic")  # fmt: skip
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+CLIENT = """#!{python} -IS
+import array, json, os, signal, socket, sys
+
+def end(number):
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+kinds = sys.argv[1:2]
+if not kinds or (kinds[0] not in ("-m", "-c") and kinds[0].startswith("-")):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect({address!r})
+files = [file for file in map(int, os.listdir("/proc/self/fd")) if file != server.fileno() and os.path.exists(f"/proc/self/fd/{{file}}")]
+request = dict(argv=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), files=files, parent=os.getppid(),
+               group=os.getpgrp(), ignored=[n for n in {forwarded} if signal.getsignal(n) == signal.SIG_IGN])
+file = os.memfd_create("request")
+os.write(file, json.dumps(request).encode())
+server.sendmsg([b"start"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file, *files]))])
+pid = int(server.recv(32))
+for number in {forwarded}:
+    if number not in request["ignored"]:
+        signal.signal(number, lambda number, frame: os.kill(pid, number))
+for opened in files:
+    if opened > 2:
+        os.close(opened)
+code = int(server.recv(32) or -9)
+end(-code) if code < 0 else os._exit(code)
+"""
+
+
+class WarmPython:
+    "The server, for as long as its `with` lasts, and the executable that starts its processes."
+
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="python-"))
+        self.address = str(self.folder / "socket")
+        # Beside the real one, where IPython and DeepSpeed look for what belongs to an environment.
+        self.executable = str(Path(sys.executable).with_name(f"warm-{self.folder.name}"))
+        Path(self.executable).write_text(
+            CLIENT.format(python=sys.executable, address=self.address, forwarded=tuple(map(int, FORWARDED)))
+        )
+        Path(self.executable).chmod(0o755)
+        command = [sys.executable, "-u", __file__, self.address, self.executable]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        while not os.path.exists(self.address):
+            assert self.server.poll() is None, "the server of warm processes has died"
+            time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.server.stdin.close()  # the server ends with this process, however that ends
+        self.server.wait(30)
+        for path in (self.executable, self.address):
+            Path(path).unlink(missing_ok=True)
+        self.folder.rmdir()
+
+
+class Late:
+    "A stream that writes to what `sys.stdout` or `sys.stderr` is at that time: loggers keep the stream of their import."
+
+    def __init__(self, name: str, stream):
+        self._name, self._stream = name, stream
+
+    def __getattr__(self, attribute: str):
+        current = getattr(sys, self._name)
+        return getattr(self._stream if current is self else current, attribute)
+
+
+def preload() -> None:
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        setattr(sys, name, Late(name, stream))
+    for module in PRELOADED:
+        __import__(module)
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+
+
+def receive(connection: socket.socket) -> tuple[dict, list[int]]:
+    "What a client asks for, and its open files."
+    _, [(_, _, data)], _, _ = connection.recvmsg(16, socket.CMSG_SPACE(4 * 250))
+    request, *files = array.array("i", data)
+    os.lseek(request, 0, os.SEEK_SET)
+    with os.fdopen(request) as file:
+        return json.load(file), files
+
+
+def serve(listener: socket.socket) -> tuple[dict, list[int]]:
+    "Fork a process for each request until this process's input ends; returns in the forked ones alone."
+    waiting, woken = socket.socketpair()
+    woken.setblocking(False)
+    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes: dict[int, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        for source in (listener, waiting, sys.stdin.buffer.raw):
+            selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    request, files = receive(connection)
+                    if not (pid := os.fork()):
+                        return request, files
+                    for file in files:
+                        os.close(file)
+                    connection.send(str(pid).encode())
+                    processes[pid] = connection
+                    selector.register(connection, selectors.EVENT_READ, pid)
+                elif key.fileobj is waiting:
+                    waiting.recv(4096)
+                    report_ended(processes, selector)
+                elif key.data in processes:  # a client has died
+                    os.kill(key.data, signal.SIGKILL)
+                    selector.unregister(key.fileobj)
+                    processes.pop(key.data).close()
+                elif key.fileobj is sys.stdin.buffer.raw:
+                    for pid in processes:
+                        os.kill(pid, signal.SIGKILL)
+                    os._exit(0)
+
+
+def report_ended(processes: dict[int, socket.socket], selector) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        if connection := processes.pop(pid, None):
+            selector.unregister(connection)
+            try:
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            except OSError:  # the client has died as well
+                pass
+            connection.close()
+
+
+def become(request: dict, files: list[int], executable: str) -> None:
+    "Be the process that a client has asked for, up to its first line of code."
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    high = [os.dup(os.dup2(file, 500 + place)) and 500 + place for place, file in enumerate(files)]
+    os.closerange(3, 500)
+    for file, number in zip(high, request["files"]):
+        os.dup2(file, number)
+    os.closerange(500, 800)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if "ipykernel_launcher" in request["argv"]:  # the kernel sets it too, and too late for a matplotlib that is imported
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    os.getppid = lambda: request["parent"]
+    sys.executable = executable
+    import multiprocessing.spawn
+
+    multiprocessing.spawn.set_executable(executable)
+    reseed()
+
+
+def reseed() -> None:
+    "Forked processes have the same random states; processes that are started have not. And matplotlib reads its backend once."
+    import matplotlib
+    import numpy
+    import torch
+
+    numpy.random.seed()
+    torch.seed()
+    if backend := os.environ.get("MPLBACKEND"):
+        matplotlib.rcParams["backend"] = backend
+
+
+def run(argv: list[str]) -> None:
+    "What `python *argv` runs."
+    import runpy
+
+    kind, *rest = argv
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[0:1] = paths if paths != sys.path[1 : 1 + len(paths)] else []
+    if kind == "-m":
+        sys.argv = ["-m", *rest[1:]]
+        sys.path.insert(0, os.getcwd())
+        runpy._run_module_as_main(rest[0], alter_argv=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"]
+        main.__dict__.update(__file__=None, __spec__=None)
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, str(Path(kind).resolve().parent))
+        main = sys.modules["__main__"]
+        main.__dict__.update(__file__=kind, __spec__=None)
+        exec(compile(Path(kind).read_text(), kind, "exec"), main.__dict__)
+
+
+if __name__ == "__main__":
+    address, executable = sys.argv[1:]
+    preload()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address + ".new")
+    listener.listen(64)
+    os.rename(address + ".new", address)
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    request, files = serve(listener)
+    become(request, files, executable)
+    run(request["argv"])
