@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from warm import WarmPython
+from warm import descendants, warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -50,16 +50,16 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def warm(environment):
-    "A Python that has imported torch already, for tests that do not look at processes themselves."
-    with WarmPython() as warm:
-        yield warm.executable
+def launch(environment):
+    "`dlnb.engine.launch` in this process, with kernels and ranks that start at once."
+    from dlnb.engine import launch
 
+    def launch_warm(*arguments, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", warm_python())
+            return launch(*arguments, **settings)
 
-@pytest.fixture
-def warm_kernels(warm, monkeypatch):
-    "Kernels and ranks that this test's own process starts are warm."
-    monkeypatch.setattr(sys, "executable", warm)
+    return launch_warm
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
@@ -88,7 +88,7 @@ class Papermill:
     def look(self) -> None:
         "Remember the processes that there are now, for `leftover`."
         try:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
+            for process in descendants(psutil.Process(self.process.pid)):
                 self.family[process.pid] = process
         except psutil.NoSuchProcess:
             pass
@@ -167,12 +167,12 @@ def is_running(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def papermill(tmp_path, warm):
+def papermill(tmp_path):
     "Start papermill; whatever is left of it is ended after the test."
     started = []
 
     def start(notebook: Path, *arguments, **options) -> Papermill:
-        options.setdefault("launcher", (warm,))
+        options.setdefault("launcher", (warm_python(),))
         started.append(Papermill(notebook, tmp_path / f"out-{len(started)}.ipynb", *arguments, **options))
         return started[-1]
 
@@ -196,10 +196,9 @@ Trained = namedtuple("Trained", "strategy notebook folder record config")
 
 
 @pytest.fixture(scope="session")
-def train(tmp_path_factory, warm):
+def train(tmp_path_factory, launch):
     "Train a strategy once a session, through papermill."
     from dlnb.config import RunConfig
-    from dlnb.engine import launch
 
     root, runs = tmp_path_factory.mktemp("conformance"), {}
 
@@ -209,9 +208,7 @@ def train(tmp_path_factory, warm):
                 strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
             )
             settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "executable", warm)
-                notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
+            notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
             record = json.loads((folder / "run.json").read_text())
             runs[strategy] = Trained(strategy, notebook, folder, record, RunConfig(**record["settings"]))
         return runs[strategy]

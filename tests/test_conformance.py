@@ -9,10 +9,9 @@ from conftest import OPTIMIZERS, SAME, TRAIN
 from wandb_files import wandb_runs
 from safetensors.torch import load_file
 
-from dlnb.engine import launch
 from dlnb.training.build import build_model
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("warm_kernels")]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -74,7 +73,7 @@ def test_offloaded_training_is_the_same_within_rounding(train, strategy):
         assert tensor.sub(expected[name]).abs().max() < 1e-3, name
 
 
-def test_a_finished_run_is_shown_and_not_trained_again(train):
+def test_a_finished_run_is_shown_and_not_trained_again(train, launch):
     trained = train("ddp")
     before = (trained.folder / "run.json").read_bytes()
     notebook, _ = launch(
@@ -89,7 +88,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(train):
     assert (trained.folder / "run.json").read_bytes() == before
 
 
-def test_byte_gpt_learns_under_zero_3(tmp_path):
+def test_byte_gpt_learns_under_zero_3(launch, tmp_path):
     from dlnb.examples import PythonSource
 
     size = dict(num_layers=1, num_heads=4, embed_dim=64, context_length=64)
@@ -153,7 +152,7 @@ def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_i
     assert len(steps) == len(set(steps)) == record["epoch"]
 
 
-def test_two_ranks_are_one_run_of_wandb_that_leads_to_the_executed_notebook(tmp_path):
+def test_two_ranks_are_one_run_of_wandb_that_leads_to_the_executed_notebook(launch, tmp_path):
     folders = [launch(TRAIN, None, **RANKS, lr=lr, max_epochs=1, root=str(tmp_path), wandb="offline")[1] for lr in (1e-3, 2e-3)]
     runs = {one["run"].run_id: one for one in wandb_runs(tmp_path)}
     assert len(runs) == len(wandb_runs(tmp_path)) == 2

@@ -5,12 +5,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from warm import warm_python
 
 from dlnb.data import DataModule, EpochSampler, EvaluationSampler, epoch_order, evaluation_batch_size
 
@@ -133,7 +133,7 @@ def run_ranks(folder: Path, strategy: str, devices: int) -> list[dict]:
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, script, strategy, str(devices), folder],
+        [warm_python(), script, strategy, str(devices), folder],
         env=environment,
         cwd=folder,
         text=True,

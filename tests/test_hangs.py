@@ -1,7 +1,6 @@
 """Hangs and false failures: much output, a swept job folder, orphans, the true cause, ranks that make no progress."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ import pytest
 import torch
 from conftest import INFER, OPTIMIZERS
 from safetensors.torch import load_file
+from warm import warm_python
 
 from dlnb.config import RunConfig
-from dlnb.engine import launch
 from dlnb.infer import evaluate, predict
 from dlnb.training.build import build_data, build_model
 from dlnb.checkpoint.weights import find_weights, inference_config
@@ -61,7 +60,7 @@ def test_the_checkpoint_itself_is_tested_to_the_same_numbers(train, strategy, tm
 
 
 @pytest.fixture(scope="module")
-def inferred(train, tmp_path_factory):
+def inferred(train, launch, tmp_path_factory):
     "The infer notebook on one rank, two and three, none of which but one divides the 269 samples."
     folder = tmp_path_factory.mktemp("inferred")
     run = train("deepspeed_stage_3").folder
@@ -151,7 +150,7 @@ class Mean(LightningModule):
 """
 
 
-def test_a_data_module_of_ones_own_gives_each_sample_once_on_two_ranks(tmp_path):
+def test_a_data_module_of_ones_own_gives_each_sample_once_on_two_ranks(launch, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     torch.save({"state_dict": {"scale": torch.tensor([2.0])}}, tmp_path / "mean.ckpt")
     task = dict(
@@ -185,7 +184,7 @@ for strategy in ("deepspeed_stage_3", "ddp"):
 def test_ranks_train_and_test_again_and_again_though_the_group_ends_with_each_training(launcher, tmp_path):
     (tmp_path / "again.py").write_text(AGAIN)
     done = subprocess.run(
-        [sys.executable, *launcher, "again.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [warm_python(), *launcher, "again.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]

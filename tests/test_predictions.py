@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from warm import warm_python
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from warm import warm_python
 from dlnb.data import DataModule
 from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.writer import PredictionWriter
@@ -96,7 +98,7 @@ def start(folder: Path, *arguments) -> subprocess.Popen:
     script.write_text(SCRIPT % dict(length=LENGTH))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
-        [sys.executable, script, *map(str, arguments)],
+        [warm_python(), script, *map(str, arguments)],
         env=environment,
         cwd=folder,
         text=True,

@@ -2,13 +2,11 @@
 
 import ast
 import configparser
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -174,55 +172,6 @@ def test_the_defaults_of_a_workflow_are_those_of_the_settings(name):
 def test_importing_is_light(module, heavy, tmp_path):
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"
-
-
-@pytest.fixture(scope="module")
-def executions(tmp_path_factory):
-    "Every notebook but the workflows, run from top to bottom: two at a time, as there are two cores."
-    with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in [*CHAPTERS, INDEX]}
-
-
-def execute(path: Path, folder: Path) -> None:
-    shutil.copy(path, folder)
-    done = run("jupyter", "execute", "--timeout=500", "--inplace", path.name, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix())
-def test_a_notebook_runs_from_top_to_bottom(path, executions):
-    executions[path].result()
-
-
-def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path):
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(TRAIN, 4)
-    notebook.cells[1].source += "\nmax_epochs = 1"
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    (record,) = tmp_path.rglob("run.json")
-    assert '"finished"' in record.read_text()
-
-
-def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
-    (command,) = re.findall(r"^    pip install -e \. && (papermill .*)$", readme, flags=re.MULTILINE)
-    (tmp_path / "nbs").symlink_to(REPOSITORY / "nbs")
-    done = run("bash", "-c", command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (record,) = (tmp_path / "runs").rglob("run.json")
-    accuracy = float(re.search(r'"val_acc": ([\d.]+)', record.read_text())[1])
-    assert accuracy >= 0.97
-    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
-    kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert {"image/png", "text/html"} <= kinds
-
-    (second,) = re.findall(r"^    (papermill nbs/workflows/infer.ipynb .*)$", readme, flags=re.MULTILINE)
-    done = run("bash", "-c", second, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (metrics,) = (tmp_path / "runs").rglob("metrics.json")
-    assert json.loads(metrics.read_text())["test_acc"] >= 0.97 and metrics.with_name("predictions.parquet").is_file()
 
 
 def test_the_readme_maps_every_notebook():

@@ -4,13 +4,13 @@ nobody disturbed."""
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from safetensors.torch import load_file
+from warm import warm_python
 
 from dlnb.formats.optimizer_states import read_optimizer_states
 from dlnb.formats.elements import read_elements
@@ -32,7 +32,7 @@ class Training:
         strategy = "auto" if strategy == "ddp" and ranks == 1 else strategy
         settings = SETTINGS | dict(strategy=strategy, devices=ranks, batch_size=batch, root=str(root)) | settings
         environment = os.environ | {"TRACE": str(root / "trace")} | environment
-        command = [sys.executable, TRACED, json.dumps(settings)]
+        command = [warm_python(), TRACED, json.dumps(settings)]
         self.done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         for record in root.rglob("run.json"):  # none where it was refused before it began
             self.folder, self.record = record.parent, json.loads(record.read_text())

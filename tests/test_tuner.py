@@ -21,7 +21,6 @@ from conftest import REPOSITORY, TRAIN, Papermill
 from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
-from dlnb.engine import launch
 from dlnb.track import RunRecord, runs
 from dlnb.search.trial import run_trial
 from dlnb.search.trial_ranks import Outcome
@@ -184,7 +183,7 @@ def test_more_trials_go_on_from_those_there_are_and_none_is_run_again(search, tm
     assert len(trained(tmp_path)) == 6 and len(search(n_trials=2, **seeded).trials) == 3
 
 
-def test_the_best_parameters_train_and_say_where_they_come_from(search, tmp_path):
+def test_the_best_parameters_train_and_say_where_they_come_from(search, launch, tmp_path):
     study = search()
     folder = next((tmp_path / "runs").rglob("best_params.json")).parent
     best = json.loads((folder / "best_params.json").read_text())
@@ -209,7 +208,7 @@ def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, t
     assert {(one["run"].project, one["run"].run_group) for one in found} == {("Digits-TunedNet-tune", study.study_name)}
 
 
-def test_the_notebook_shows_the_trials_and_pictures_and_lies_in_the_study_s_folder(tmp_path):
+def test_the_notebook_shows_the_trials_and_pictures_and_lies_in_the_study_s_folder(launch, tmp_path):
     notebook, folder = launch(
         TUNE, tmp_path / "out.ipynb", accelerator="cpu", devices=2, max_epochs=3, n_trials=4, devices_per_trial=1, root=str(tmp_path / "runs")
     )

@@ -1,6 +1,6 @@
 """A Python that starts at once: processes forked from a server that has imported torch, Lightning and DeepSpeed already.
 
-Importing them takes seven seconds of a core in every process, and the suite starts hundreds. `WarmPython().executable` is
+Importing them takes seven seconds of a core in every process, and the suite starts hundreds. `warm_python()` is
 used as `sys.executable` is: it hands its arguments, environment, folder and open files to the server, which forks the
 process; signals and the exit status pass between the two, and where either is killed, so is the other. Each process has
 still memory, files and a process id of its own. Tests that kill a process by its id, or look at what is imported, start
@@ -8,16 +8,24 @@ still memory, files and a process id of its own. Tests that kill a process by it
 """
 
 import array
+import atexit
+import gc
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+import psutil
 
 PRELOADED = ("lightning.pytorch", "torch._dynamo", "deepspeed", "ipykernel.kernelapp", "papermill", "pandas", "pyarrow.parquet",
              "matplotlib.pyplot", "optuna", "torch.utils.tensorboard", "sklearn.datasets", "pydantic")  # fmt: skip
@@ -53,33 +61,37 @@ end(-code) if code < 0 else os._exit(code)
 """
 
 
-class WarmPython:
-    "The server, for as long as its `with` lasts, and the executable that starts its processes."
+@cache
+def warm_python() -> str:
+    "The executable; its server is started by the first call and ends with this process, however that ends."
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder)
+    # Beside the real one, where IPython and DeepSpeed look for what belongs to an environment.
+    executable = Path(sys.executable).with_name(f"{folder.name}-python")
+    atexit.register(executable.unlink)
+    address = str(folder / "socket")
+    executable.write_text(CLIENT.format(python=sys.executable, address=address, forwarded=tuple(map(int, FORWARDED))))
+    executable.chmod(0o755)
+    command = [sys.executable, "-u", __file__, address, str(executable)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    atexit.register(server.wait, 30)
+    atexit.register(server.stdin.close)
+    while not os.path.exists(address):
+        assert server.poll() is None, "the server of warm processes has died"
+        time.sleep(0.05)
+    return str(executable)
 
-    def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="python-"))
-        self.address = str(self.folder / "socket")
-        # Beside the real one, where IPython and DeepSpeed look for what belongs to an environment.
-        self.executable = str(Path(sys.executable).with_name(f"warm-{self.folder.name}"))
-        Path(self.executable).write_text(
-            CLIENT.format(python=sys.executable, address=self.address, forwarded=tuple(map(int, FORWARDED)))
-        )
-        Path(self.executable).chmod(0o755)
-        command = [sys.executable, "-u", __file__, self.address, self.executable]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        while not os.path.exists(self.address):
-            assert self.server.poll() is None, "the server of warm processes has died"
-            time.sleep(0.05)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.server.stdin.close()  # the server ends with this process, however that ends
-        self.server.wait(30)
-        for path in (self.executable, self.address):
-            Path(path).unlink(missing_ok=True)
-        self.folder.rmdir()
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    "What a process has started, and those have, warm ones too."
+    found = []
+    for child in process.children():
+        found += [child, *descendants(child)]
+    for path in Path(tempfile.gettempdir()).glob(f"warm-*/{process.pid}"):
+        with suppress(psutil.NoSuchProcess, ValueError):
+            forked = psutil.Process(int(path.read_text()))
+            found += [forked, *descendants(forked)]
+    return found
 
 
 class Late:
@@ -101,6 +113,10 @@ def preload() -> None:
         __import__(module)
     for name, stream in streams.items():
         setattr(sys, name, stream)
+    import cpuinfo  # DeepSpeed asks twice in every rank, and the answer takes more than a second
+
+    facts = cpuinfo.get_cpu_info()
+    cpuinfo.get_cpu_info = lambda: facts
 
 
 def receive(connection: socket.socket) -> tuple[dict, list[int]]:
@@ -132,6 +148,7 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]]:
                         return request, files
                     for file in files:
                         os.close(file)
+                    note(connection, pid)
                     connection.send(str(pid).encode())
                     processes[pid] = connection
                     selector.register(connection, selectors.EVENT_READ, pid)
@@ -146,6 +163,12 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]]:
                     for pid in processes:
                         os.kill(pid, signal.SIGKILL)
                     os._exit(0)
+
+
+def note(connection: socket.socket, pid: int) -> None:
+    "Which process a client stands for, for `descendants`."
+    client, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    Path(connection.getsockname()).with_name(str(client)).write_text(str(pid))
 
 
 def report_ended(processes: dict[int, socket.socket], selector) -> None:
@@ -235,8 +258,6 @@ if __name__ == "__main__":
     listener.bind(address + ".new")
     listener.listen(64)
     os.rename(address + ".new", address)
-    import gc
-
     gc.collect()
     gc.freeze()
     request, files = serve(listener)

@@ -1,0 +1,54 @@
+"""Every notebook runs from top to bottom, and the README's commands give what they promise."""
+
+import json
+import re
+import shutil
+import sys
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, TRAIN
+from test_project import CHAPTERS, INDEX, run
+from warm import warm_python
+
+EXECUTE = "from nbclient.cli import main; main()"
+COLD = ("04_strategy", "06_progress")  # they look at what a process imports, and stop processes by their ids
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix())
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    done = run(sys.executable if path.stem in COLD else warm_python(), "-c", EXECUTE, "--timeout=250", "--inplace", path.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_python())
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(TRAIN, 4)
+    notebook.cells[1].source += "\nmax_epochs = 1"
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (record,) = tmp_path.rglob("run.json")
+    assert '"finished"' in record.read_text()
+
+
+def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text()
+    (command,) = re.findall(r"^    pip install -e \. && (papermill .*)$", readme, flags=re.MULTILINE)
+    (tmp_path / "nbs").symlink_to(REPOSITORY / "nbs")
+    done = run("bash", "-c", command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "runs").rglob("run.json")
+    accuracy = float(re.search(r'"val_acc": ([\d.]+)', record.read_text())[1])
+    assert accuracy >= 0.97
+    outputs = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert {"image/png", "text/html"} <= kinds
+
+    (second,) = re.findall(r"^    (papermill nbs/workflows/infer.ipynb .*)$", readme, flags=re.MULTILINE)
+    done = run("bash", "-c", second, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (metrics,) = (tmp_path / "runs").rglob("metrics.json")
+    assert json.loads(metrics.read_text())["test_acc"] >= 0.97 and metrics.with_name("predictions.parquet").is_file()
