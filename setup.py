@@ -26,6 +26,7 @@ setup(
     keywords=settings["keywords"].split(),
     url=settings["git_url"],
     packages=find_packages(include=["dlnb", "dlnb.*"]),
+    package_data={"dlnb": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
     extras_require={"dev": requirements("dev_requirements")},
