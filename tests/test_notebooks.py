@@ -12,7 +12,7 @@ from test_project import CHAPTERS, INDEX, run
 from warm import warm_python
 
 EXECUTE = "from nbclient.cli import main; main()"
-COLD = ("04_strategy", "06_progress")  # they look at what a process imports, and stop processes by their ids
+COLD = ("04_strategy", "05_lock", "06_progress")  # they look at what a process imports, and stop processes by their ids
 
 
 @pytest.mark.timeout(300)
