@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -172,13 +173,18 @@ def papermill(tmp_path):
     started = []
 
     def start(notebook: Path, *arguments, **options) -> Papermill:
-        options.setdefault("launcher", (warm_python(),))
         started.append(Papermill(notebook, tmp_path / f"out-{len(started)}.ipynb", *arguments, **options))
         return started[-1]
 
     yield start
     for run in started:
         run.end()
+
+
+@pytest.fixture
+def warm_papermill(papermill):
+    "The same where no process is looked at by its id: papermill, kernel and ranks start at once."
+    return partial(papermill, launcher=(warm_python(),))
 
 
 # Every strategy trains the same notebook once a session, and more than one file looks at what it left.

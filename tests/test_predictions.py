@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from warm import warm_python
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
+from warm import warm_python
 
 from dlnb.predictions import arrow_file, merge, plots
 from dlnb.predictions.arrow_file import part_file
@@ -38,7 +38,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from warm import warm_python
 from dlnb.data import DataModule
 from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.writer import PredictionWriter
@@ -92,13 +91,13 @@ except ValueError as error:
 """
 
 
-def start(folder: Path, *arguments) -> subprocess.Popen:
+def start(python: str, folder: Path, *arguments) -> subprocess.Popen:
     "SCRIPT in processes of its own, which Lightning starts as it does for any script."
     script = folder / "script.py"
     script.write_text(SCRIPT % dict(length=LENGTH))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
-        [warm_python(), script, *map(str, arguments)],
+        [python, script, *map(str, arguments)],
         env=environment,
         cwd=folder,
         text=True,
@@ -110,7 +109,7 @@ def start(folder: Path, *arguments) -> subprocess.Popen:
 
 def run_ranks(folder: Path, devices: int) -> Path:
     "The folder with a table of each prediction."
-    process = start(folder, devices, folder)
+    process = start(warm_python(), folder, devices, folder)
     try:
         output, _ = process.communicate(timeout=100)
     except subprocess.TimeoutExpired:
@@ -122,7 +121,7 @@ def run_ranks(folder: Path, devices: int) -> Path:
 
 def kill_amidst(folder: Path, devices: int) -> None:
     "Kill all ranks when each has predicted two batches."
-    process = start(folder, devices, folder, "first attempt")
+    process = start(sys.executable, folder, devices, folder, "first attempt")
     try:
         deadline = time.monotonic() + 60
         while len(list(folder.glob("waits-*"))) < devices:

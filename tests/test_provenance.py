@@ -287,7 +287,7 @@ def test_a_passed_object_of_another_class_is_refused_and_nothing_is_written(proj
 
 
 @pytest.mark.timeout(400)
-def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, papermill):
+def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, warm_papermill):
     "On two ranks, with a module that is passed: an edited cell does not show the old result, and is reported on resuming."
     cells = [
         "\n".join(["root = 'runs'", "max_epochs = 1"]),
@@ -300,7 +300,7 @@ def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, pape
     notebook = project.folder / "own.ipynb"
 
     def run(**parameters):
-        job = papermill(write_notebook(notebook, *cells), root=project.folder / "runs", **parameters)
+        job = warm_papermill(write_notebook(notebook, *cells), root=project.folder / "runs", **parameters)
         return job, job.wait()
 
     job, code = run()

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, TRAIN, Papermill
 from wandb_files import wandb_runs
+from warm import warm_python
 
 from dlnb.config import RunConfig
 from dlnb.track import RunRecord, runs
@@ -41,6 +42,7 @@ LR = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}
 def search(tmp_path, monkeypatch):
     "Runs a search below the test's folder; nothing of it is left running."
     monkeypatch.setenv("TRACE", str(tmp_path))
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(warm_python()))  # the server that trials are forked from
 
     def run(settings: dict | None = None, **study):
         config = RunConfig(**SETTINGS | {"root": str(tmp_path / "runs")} | (settings or {}))

@@ -8,7 +8,6 @@ still memory, files and a process id of its own. Tests that kill a process by it
 """
 
 import array
-import atexit
 import gc
 import json
 import os
@@ -61,21 +60,21 @@ end(-code) if code < 0 else os._exit(code)
 """
 
 
+SERVERS: list[subprocess.Popen] = []  # their input is open as long as this process lives
+
+
 @cache
 def warm_python() -> str:
     "The executable; its server is started by the first call and ends with this process, however that ends."
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    atexit.register(shutil.rmtree, folder)
     # Beside the real one, where IPython and DeepSpeed look for what belongs to an environment.
     executable = Path(sys.executable).with_name(f"{folder.name}-python")
-    atexit.register(executable.unlink)
     address = str(folder / "socket")
     executable.write_text(CLIENT.format(python=sys.executable, address=address, forwarded=tuple(map(int, FORWARDED))))
     executable.chmod(0o755)
     command = [sys.executable, "-u", __file__, address, str(executable)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    atexit.register(server.wait, 30)
-    atexit.register(server.stdin.close)
+    SERVERS.append(server)
     while not os.path.exists(address):
         assert server.poll() is None, "the server of warm processes has died"
         time.sleep(0.05)
@@ -128,8 +127,8 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
         return json.load(file), files
 
 
-def serve(listener: socket.socket) -> tuple[dict, list[int]]:
-    "Fork a process for each request until this process's input ends; returns in the forked ones alone."
+def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
+    "Fork a process for each request until this process's input ends; returns the request in each forked one."
     waiting, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
@@ -149,9 +148,10 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]]:
                     for file in files:
                         os.close(file)
                     note(connection, pid)
-                    connection.send(str(pid).encode())
                     processes[pid] = connection
                     selector.register(connection, selectors.EVENT_READ, pid)
+                    with suppress(OSError):  # a client that has died meanwhile is seen by the selector
+                        connection.send(str(pid).encode())
                 elif key.fileobj is waiting:
                     waiting.recv(4096)
                     report_ended(processes, selector)
@@ -162,13 +162,16 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]]:
                 elif key.fileobj is sys.stdin.buffer.raw:
                     for pid in processes:
                         os.kill(pid, signal.SIGKILL)
-                    os._exit(0)
+                    return None
 
 
 def note(connection: socket.socket, pid: int) -> None:
     "Which process a client stands for, for `descendants`."
-    client, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    Path(connection.getsockname()).with_name(str(client)).write_text(str(pid))
+    Path(connection.getsockname()).with_name(str(client_of(connection))).write_text(str(pid))
+
+
+def client_of(connection: socket.socket) -> int:
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
 
 def report_ended(processes: dict[int, socket.socket], selector) -> None:
@@ -181,10 +184,9 @@ def report_ended(processes: dict[int, socket.socket], selector) -> None:
             return
         if connection := processes.pop(pid, None):
             selector.unregister(connection)
-            try:
+            Path(connection.getsockname()).with_name(str(client_of(connection))).unlink()
+            with suppress(OSError):  # the client has died as well
                 connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-            except OSError:  # the client has died as well
-                pass
             connection.close()
 
 
@@ -260,6 +262,10 @@ if __name__ == "__main__":
     os.rename(address + ".new", address)
     gc.collect()
     gc.freeze()
-    request, files = serve(listener)
-    become(request, files, executable)
-    run(request["argv"])
+    if started := serve(listener):
+        become(*started, executable)
+        run(started[0]["argv"])
+    else:
+        Path(executable).unlink()
+        shutil.rmtree(Path(address).parent)
+        os._exit(0)
