@@ -16,14 +16,10 @@ from .arrow_file import innermost
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# %% ../../nbs/predictions/05_plots.ipynb #483369e1
-if TYPE_CHECKING:
-    import pyarrow as pa
     from matplotlib.figure import Figure
 
 # %% ../../nbs/predictions/05_plots.ipynb #fdefb052
-MOST_CLASSES = 10_000  # whose matrix takes 800 MB
+MOST_CLASSES = 10_000  # a matrix of these takes 800 MB
 
 
 def _read_groups(path: str | Path, columns: list[str]) -> Iterator["pa.Table"]:
@@ -60,7 +56,7 @@ def _num_scores(path: str | Path) -> int | None:
 def confusion_matrix(
     path: str | Path,  # of predictions.parquet
 ) -> np.ndarray | None:  # (classes, classes), int64: samples of each target (row) by predicted class (column)
-    """Count what a classifier took for what, from the table's columns `target` and `prediction`.
+    """Count a classifier's predicted classes for each target, from the table's columns `target` and `prediction`.
 
     None unless each sample has two to 10,000 scores and a target that is the number of one of them."""
     classes = _num_scores(path)
@@ -75,7 +71,7 @@ def confusion_matrix(
     return counts
 
 # %% ../../nbs/predictions/05_plots.ipynb #fec81549
-MOST_CELLS = 200  # of a side of the picture; more classes share cells
+MOST_CELLS = 200  # on a side of the picture; of more classes, neighbours share a cell
 
 
 def _short(number: int) -> str:
@@ -86,16 +82,23 @@ def _short(number: int) -> str:
     return str(number)
 
 # %% ../../nbs/predictions/05_plots.ipynb #38f354ac
+def _cells(
+    counts: np.ndarray,  # (classes, classes)
+) -> tuple[np.ndarray, tuple[float, ...]]:  # shares of each target's samples, and the picture's edges in classes
+    "The matrix in at most `MOST_CELLS` cells a side."
+    width = -(-len(counts) // MOST_CELLS)  # classes that share a cell
+    places = np.arange(0, len(counts), width)
+    cells = np.add.reduceat(np.add.reduceat(counts, places, axis=0), places, axis=1)
+    end = places[-1] + width - 0.5
+    return cells / np.maximum(cells.sum(1, keepdims=True), 1), (-0.5, end, end, -0.5)
+
+# %% ../../nbs/predictions/05_plots.ipynb #a43f214e
 def _draw_matrix(axis: Any, counts: np.ndarray) -> None:
     "The confusion matrix as colours, darker for a larger share of the target's samples."
     from matplotlib.colors import PowerNorm
 
-    width = -(-len(counts) // MOST_CELLS)  # classes that share a cell
-    places = np.arange(0, len(counts), width)
-    cells = np.add.reduceat(np.add.reduceat(counts, places, axis=0), places, axis=1)
-    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
+    shares, edges = _cells(counts)
     # a power below one, so that a confusion of one in a hundred still has a colour
-    edges = (-0.5, places[-1] + width - 0.5, places[-1] + width - 0.5, -0.5)
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), extent=edges, interpolation="nearest")
     axis.figure.colorbar(image, ax=axis, label="share of the target's samples", fraction=0.046, pad=0.03)
     axis.set(xlabel="predicted class", ylabel="target class")
@@ -147,7 +150,7 @@ def _is_one_number(path: str | Path) -> bool:
 
 
 def _finite_numbers(path: str | Path) -> Iterator[np.ndarray]:  # (rows,), float64
-    "The predictions of each row group, without infinite ones and those that are no number."
+    "The predictions of each row group, without infinities and NaN."
     import pyarrow as pa
 
     for rows in _read_groups(path, ["prediction"]):
@@ -193,7 +196,7 @@ def _plot_histogram(path: str | Path) -> "Figure | None":
 # %% ../../nbs/predictions/05_plots.ipynb #61232d94
 def plot_predictions(
     path: str | Path,  # of predictions.parquet
-) -> "Figure | None":  # None for other predictions than these
+) -> "Figure | None":  # None for any other predictions
     "A classifier's confusion matrix, or the histogram of predictions that are one number a sample."
     import matplotlib.pyplot as plt
 
@@ -202,5 +205,5 @@ def plot_predictions(
         return None
     figure = _plot_histogram(path) if counts is None else _plot_confusion(counts)
     if figure is not None:
-        plt.close(figure)  # it is returned: a notebook shall not show it twice
+        plt.close(figure)  # the figure is returned: without this a notebook shows it twice
     return figure
