@@ -26,7 +26,7 @@ MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.st
 INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
-    "errors system formats consolidate data optim strategy settings config tracking track checkpoint callbacks predictions "
+    "errors system formats consolidate data optimizers optim strategy settings config tracking track checkpoint callbacks predictions "
     "training trainer infer launch engine search tuner examples"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
