@@ -73,7 +73,8 @@ def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
         time.sleep(0.2)
         with suppress(FileNotFoundError):  # it may be done by now
             idle = time.time() - max(path.stat().st_mtime for path in (folder, lock))
-            if idle > patience and not any(_has_open(process, lock) for process in psutil.process_iter()):
+            is_open = idle <= patience or any(_has_open(process, lock) for process in psutil.process_iter())
+            if not is_open and lock.exists():  # a build that ended during the look at all processes has removed it
                 rank_zero_warn(f"{lock} was left by a process that no longer runs; removed")
                 lock.unlink(missing_ok=True)
 
