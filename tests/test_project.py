@@ -134,6 +134,11 @@ def test_the_notebooks_are_clean(copy):
 def test_a_notebook_shows_its_outputs_and_no_error(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
+    examples = [cell for cell in cells if not cell.source.startswith("#|")]
+    assert outputs or not examples, "an example whose output is not stored"
+    if path in WORKFLOWS:
+        without = [cell.source for cell in examples if not cell.outputs and "parameters" not in cell.metadata.get("tags", [])]
+        assert not without and len(examples) > 3
     assert not [output for output in outputs if output.output_type == "error"]
     assert all(len(output.get("text", "")) < 6000 for output in outputs), "a wall of log"
     assert not [output for output in outputs if "site-packages" in output.get("text", "")], "a warning of some library"
