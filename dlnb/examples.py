@@ -241,8 +241,8 @@ def _check_length(inputs: Tensor, context_length: int) -> None:
         )
 
 # %% ../nbs/11_examples.ipynb #fedfd26a
-class _ByteTransformer(LightningModule):
-    "The network: logits of the next byte at each place of an input."
+class _Layers(LightningModule):
+    "The layers of the network, with their initial weights."
 
     def __init__(
         self,
@@ -264,6 +264,10 @@ class _ByteTransformer(LightningModule):
         self.head = nn.Linear(embed_dim, 256, bias=False)
         self.head.weight = self.embedding.weight
         _initialize(self, num_layers)
+
+# %% ../nbs/11_examples.ipynb #bfdb6f02
+class _ByteTransformer(_Layers):
+    "The network: logits of the next byte at each place of an input."
 
     def forward(
         self,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,6 +97,13 @@ def _check_columns(
             f"({describe_columns(first)}). Return the same columns, types and shapes for every batch: pad to one length."
         )
 
+# %% ../../nbs/predictions/00_arrow_file.ipynb #40918e5c
+def _empty_schema() -> "pa.Schema":
+    "The columns of a rank that had no batch."
+    import pyarrow as pa
+
+    return pa.schema({"sample": pa.int64()})
+
 # %% ../../nbs/predictions/00_arrow_file.ipynb #134a9ab5
 class ArrowFile:
     "An Arrow IPC file that gets its name when it is complete. Its columns are those of the first table."
@@ -121,10 +127,8 @@ class ArrowFile:
 
     def finish(self) -> None:
         "Complete the file; one without rows has a `sample` column."
-        import pyarrow as pa
-
         if self.file is None:
-            self._open(pa.schema({"sample": pa.int64()}))
+            self._open(_empty_schema())
         self.pieces.flush()
         self.file.close()
         self.unfinished.replace(self.path)
