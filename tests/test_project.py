@@ -145,6 +145,11 @@ def test_a_notebook_shows_its_outputs_and_no_error(path):
     assert str(REPOSITORY) not in path.read_text()
 
 
+def test_most_chapters_show_an_example():
+    shown = [path for path in CHAPTERS if any(cell.get("outputs") for cell in nbformat.read(path, 4).cells)]
+    assert len(shown) > len(CHAPTERS) / 2, "the test above would check little"
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
 def test_a_chapter_opens_as_all_do(path):
     cells = nbformat.read(path, 4).cells
