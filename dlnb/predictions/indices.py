@@ -11,7 +11,7 @@ from typing import Any
 
 # %% ../../nbs/predictions/02_indices.ipynb #6fb5e55b
 class _FetchedIndices(dict):
-    "Sample numbers of the batches that are fetched and not yet written, by batch number. Replaces the list that Lightning appends to."
+    "Sample numbers of fetched batches that are not yet written, by batch number; replaces the list that Lightning appends to."
 
     def __init__(self, batches: list[list[int]]):
         super().__init__(enumerate(batches))
@@ -26,7 +26,7 @@ def find_fetched_indices(
     loader: Any,  # the loader that Lightning iterates over
     ranks: int,  # in total
 ) -> _FetchedIndices | None:  # None where samples have no numbers
-    "The numbers of the samples that `loader` delivers. Raises `ValueError` where they cannot be known and several ranks need them."
+    "The numbers of the samples from `loader`. Raises `ValueError` where they cannot be known but several ranks need them."
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
         raise ValueError("DataLoader(in_order=False) does not tell which samples it delivers. Leave in_order out.")
     sampler = getattr(loader, "batch_sampler", None)
