@@ -15,6 +15,7 @@ from test_strategy import records_of_both_ranks, run
 from torch import nn
 
 from dlnb import optim
+from dlnb.optimizers import compiled
 
 
 # ---- every optimizer of the factory takes AdamW's steps
@@ -115,7 +116,7 @@ def test_a_compiler_that_fails_is_a_missing_one(tmp_path):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.skipif(optim.CUDA_HOME is not None, reason="a CUDA toolkit is installed")
+@pytest.mark.skipif(compiled.CUDA_HOME is not None, reason="a CUDA toolkit is installed")
 def test_zero_on_cuda_without_nvcc_takes_torchs_fused_optimizer(tmp_path):
     script = BUILD.format(["auto"]).replace("deepspeed_stage_3_offload", "deepspeed_stage_2").replace('"cpu"', '"cuda"')
     code, output = run(["-c", script], tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path))
@@ -138,7 +139,7 @@ def test_ninja_is_found_beside_python_in_an_environment_that_is_not_activated(mo
     beside.mkdir(parents=True)
     (beside / "ninja").touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(beside / "python"))
-    optim._put_ninja_on_path()
+    compiled._put_ninja_on_path()
     assert shutil.which("ninja") == str(beside / "ninja")
 
 
@@ -159,7 +160,7 @@ def test_the_lock_of_a_killed_build_is_broken_and_that_of_a_live_one_is_not_howe
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(lock), what], stdout=subprocess.PIPE, text=True) as builder:
         assert builder.stdout.readline() == "held\n"
         with warnings.catch_warnings(record=True) as warned:
-            optim._wait_for_builder(tmp_path)
+            compiled._wait_for_builder(tmp_path)
     assert builder.returncode == (0 if what == "ends" else 9), "a live one removes its own lock"
     assert ["no longer runs" in str(warning.message) for warning in warned] == ([] if what == "ends" else [True])
     assert not lock.exists()

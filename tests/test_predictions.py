@@ -233,8 +233,8 @@ def shares(draw, samples):
 
 @pytest.fixture
 def small_sizes(monkeypatch):
-    "So that a few rows make several pieces, stretches, row groups and merges of merges."
-    sizes = dict(PIECE_BYTES=100, STRETCH_BYTES=400, GROUP_BYTES=700, FILES_AT_ONCE=3)
+    "So that a few rows make several pieces, sorted runs, row groups and merges of merges."
+    sizes = dict(PIECE_BYTES=100, RUN_BYTES=400, GROUP_BYTES=700, FILES_AT_ONCE=3)
     for name, size in sizes.items():
         for module in (arrow_file, merge):
             if hasattr(module, name):

@@ -24,7 +24,7 @@ MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.st
 INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
-    "errors system formats consolidate data optim strategy settings config tracking track checkpoint callbacks predictions "
+    "errors system formats consolidate data optimizers optim strategy settings config tracking track checkpoint callbacks predictions "
     "training trainer infer launch engine search tuner examples"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
@@ -132,10 +132,20 @@ def test_the_notebooks_are_clean(copy):
 def test_a_notebook_shows_its_outputs_and_no_error(path):
     cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
+    examples = [cell for cell in cells if not cell.source.startswith("#|")]
+    assert outputs or not examples, "an example whose output is not stored"
+    if path in WORKFLOWS:
+        without = [cell.source for cell in examples if not cell.outputs and "parameters" not in cell.metadata.get("tags", [])]
+        assert not without and len(examples) > 3
     assert not [output for output in outputs if output.output_type == "error"]
     assert all(len(output.get("text", "")) < 6000 for output in outputs), "a wall of log"
     assert not [output for output in outputs if "site-packages" in output.get("text", "")], "a warning of some library"
     assert str(REPOSITORY) not in path.read_text()
+
+
+def test_most_chapters_show_an_example():
+    shown = [path for path in CHAPTERS if any(cell.get("outputs") for cell in nbformat.read(path, 4).cells)]
+    assert len(shown) > len(CHAPTERS) / 2, "the test above would check little"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
