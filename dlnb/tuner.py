@@ -11,7 +11,8 @@ import optuna
 from .callbacks.progress_bar import Line
 from .config import RunConfig
 from .tracking.record import RunRecord
-from .search.scheduler import Search
+from .search.plan import open_study, plan_search
+from .search.scheduler import Scheduler
 from .search.study import StudyConfig
 from .search.trial_queue import best_trial
 
@@ -25,20 +26,20 @@ def tune(
     A study that is complete is returned as it is; one that was killed goes on. Raises `ValueError` before anything is started or written for
     settings that do not fit, and `TuningError` where `max_failures` trials fail one after the other.
     """
-    search = Search(config, study)
-    search.open()
-    record = RunRecord.read_or_new(search.folder, "tune")
+    plan = plan_search(config, study)
+    queue = open_study(plan)
+    record = RunRecord.read_or_new(plan.folder, "tune")
     record.settings = config.model_dump()
-    record.resolved = {"study": search.name, "strategy": search.config.resolved.strategy}
+    record.resolved = {"study": plan.name, "strategy": plan.config.resolved.strategy}
     with record.kept():
         record.begin()
         record.write()
         record.announce()
         try:
-            done = search.run(Line().show)
+            done = Scheduler(plan, queue).run(Line().show)
         finally:
-            best = best_trial(search.rows.all(), config.monitor_mode)
+            best = best_trial(queue.all(), config.monitor_mode)
             record.best_score = best and best.value
     if best:
-        print(f"\nTo train with the best parameters: -p best_params {search.folder / 'best_params.json'}")
+        print(f"\nTo train with the best parameters: -p best_params {plan.folder / 'best_params.json'}")
     return done

@@ -349,18 +349,18 @@ def test_a_worker_that_cannot_be_seen_loses_its_trial_only_when_it_is_silent(tmp
     from dlnb.search import trial_queue
     from dlnb.search.storage import open_storage
 
-    monkeypatch.setattr(trial_queue, "LOST", 0.5)
+    monkeypatch.setattr(trial_queue, "STALE_AFTER", 0.5)
     storage = open_storage(None, tmp_path)
     optuna.create_study(study_name="study", storage=storage)
-    rows = trial_queue.Rows("study", storage, 1, tmp_path)
-    row = rows.take()
+    rows = trial_queue.TrialQueue("study", storage, 1, tmp_path)
+    row = rows.claim()
     far = {"host": "node7", "machine": "another boot", "pid": 1, "began": 1.0}
     rows.storage.set_trial_user_attr(row._trial_id, "worker", far)
     for minutes in range(3):
         rows.storage.set_trial_user_attr(row._trial_id, "alive", time.time() - 3600 + minutes)
-        rows.free_the_dead()
+        rows.requeue_stale()
         assert rows.all()[0].state == optuna.trial.TrialState.RUNNING
         time.sleep(0.3)
     time.sleep(0.5)
-    rows.free_the_dead()
+    rows.requeue_stale()
     assert rows.all()[0].state == optuna.trial.TrialState.WAITING

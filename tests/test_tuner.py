@@ -26,7 +26,7 @@ from dlnb.track import RunRecord, runs
 from dlnb.search.trial import run_trial
 from dlnb.search.trial_ranks import Outcome
 from dlnb.search.results import trials_table
-from dlnb.search.scheduler import TuningError
+from dlnb.search.worker import TuningError
 from dlnb.search.storage import open_storage
 from dlnb.search.study import StudyConfig
 from dlnb.tuner import tune
