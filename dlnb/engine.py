@@ -109,13 +109,13 @@ def _supervise(
         client.execute(env=job_environment() | job_variables(folder))
     finally:
         manager.notebook_complete()
-    if client.preempted or client.stopped == signal.SIGUSR1:  # which a scheduler sends a while before the end
+    if client.preempted or client.request.signal == signal.SIGUSR1:  # which a scheduler sends a while before the end
         sys.exit(TEMPORARY_FAILURE)
-    if client.stopped == signal.SIGINT:
+    if client.request.signal == signal.SIGINT:
         raise KeyboardInterrupt
-    if client.stopped:
-        sys.exit(128 + client.stopped)  # as a shell reports a signal
-    return client.failure
+    if client.request.signal:
+        sys.exit(128 + client.request.signal)  # as a shell reports a signal
+    return client.ranks.failure
 
 # %% ../nbs/09_engine.ipynb #d581c7ea
 def _check_restarts(value: Any) -> int:
