@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from conftest import write_notebook
 
+from dlnb.engine import launch
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -258,7 +259,7 @@ def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
     assert job.leftover() == []
 
 
-def test_launch_returns_the_executed_notebook(launch, tmp_path):
+def test_launch_returns_the_executed_notebook(tmp_path):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "print('rank', rank)")
     executed, folder = launch(path, tmp_path / "out.ipynb", devices=2)
     text = str([cell.get("outputs") for cell in executed.cells])
@@ -267,7 +268,7 @@ def test_launch_returns_the_executed_notebook(launch, tmp_path):
     assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs == executed.cells[-1].outputs
 
 
-def test_no_job_folder_is_left(launch, tmp_path, monkeypatch):
+def test_no_job_folder_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     launch(write_notebook(tmp_path / "in.ipynb", "a = 1", "print(a)"))
