@@ -65,8 +65,47 @@ def _with_patient_workers(
         loader.worker_init_fn = partial(_init_worker, is_over, loader.worker_init_fn)
     return loader
 
-
+# %% ../../nbs/callbacks/01_preemption.ipynb #60bcf03f
 ASK_EVERY = 0.1  # seconds between two questions, about
+
+
+class Agreement:
+    "A number that all ranks know of: the largest that any of them has."
+
+    def __init__(self, step: int, ranks: int):
+        # apart from the training's own group, and from the GPU
+        self.group = distributed.new_group(backend="gloo") if ranks > 1 else None
+        self.ranks = ranks
+        self.question: tuple[Any, torch.Tensor] | None = None  # the work under way, and its result
+        self.asked = step, time.monotonic()  # the step and the time of the last question
+        self.due = 0  # the step of the next one
+
+    def at(self, step: int, number: int) -> int:
+        "The number that all ranks know of at this step; `number` is this rank's."
+        if self.ranks == 1:
+            return number
+        agreed = self.answer(step)
+        if step >= self.due:
+            self._ask(step, number)
+        return agreed
+
+    def _ask(self, step: int, number: int) -> None:
+        now = time.monotonic()
+        speed = (step - self.asked[0]) / max(now - self.asked[1], 1e-6)  # steps per second
+        self.asked = step, now
+        question = torch.tensor([number, min(1 + int(speed * ASK_EVERY), 1000)])
+        self.question = distributed.all_reduce(question, distributed.ReduceOp.MAX, self.group, async_op=True), question
+
+    def answer(self, step: int) -> int:
+        "Wait for the answer to the last question, which also says how many steps later to ask again; 0 where none was asked."
+        if self.question is None:
+            return 0
+        work, answer = self.question
+        self.question = None
+        work.wait()
+        number, interval = answer.tolist()
+        self.due = step + interval
+        return number
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #5c1bda9c
 class StopTogether(Callback):
@@ -74,12 +113,7 @@ class StopTogether(Callback):
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number
-        self.told: tuple[Any, torch.Tensor] | None = (
-            None  # what the ranks tell each other: the work under way, its result
-        )
-        self.asked = (0, 0.0)  # the step and the time of the last question
-        self.due = 0  # the step of the next one
-        self.group: Any = None
+        self.agreement: Agreement | None = None
         self.handler_before: Any = None
         self.is_over = RawValue("b", 0)  # shared with loading processes
 
@@ -94,6 +128,23 @@ class StopTogether(Callback):
             setattr(connector, name, self.receive)
         self.handler_before = signal.signal(signal.SIGUSR1, self.receive)
 
+    def receive(self, number: int, frame: Any) -> None:
+        "The signals' handler."
+        self.received = number
+        announce_stop()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.agreement = Agreement(trainer.global_step, trainer.world_size)
+
+    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if number := self.agreement.at(trainer.global_step, self.received):
+            where = save_last(trainer)
+            name = signal.Signals(number).name
+            raise Preempted(f"{name} stopped all ranks after {where}; it is saved. The same command goes on from there.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.agreement.answer(trainer.global_step)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.is_over.value = 1  # Python ends loading processes by SIGTERM, and waits for them
 
@@ -103,56 +154,11 @@ class StopTogether(Callback):
             signal.signal(signal.SIGUSR1, self.handler_before)
             self.handler_before = None
 
-    def receive(self, number: int, frame: Any) -> None:
-        "The signals' handler."
-        self.received = number
-        announce_stop()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            self.group = distributed.new_group(backend="gloo")  # apart from the training's own, and from the GPU
-        self.asked, self.due = (trainer.global_step, time.monotonic()), 0
-
-    def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if number := self._agreed(trainer):
-            where = self._save(trainer)
-            name = signal.Signals(number).name
-            raise Preempted(
-                f"{name} stopped all ranks after {where}; it is saved. The same command goes on from there."
-            )
-
-    def _agreed(self, trainer: Trainer) -> int:
-        "The signal that all ranks know of by now. The answer to one step's question is read after the next."
-        if trainer.world_size == 1:
-            return self.received
-        number = self._answer(trainer.global_step)
-        if trainer.global_step >= self.due:
-            self._ask(trainer.global_step)
-        return number
-
-    def _ask(self, step: int) -> None:
-        now = time.monotonic()
-        speed = (step - self.asked[0]) / max(now - self.asked[1], 1e-6)  # steps a second
-        self.asked = step, now
-        question = torch.tensor([self.received, min(1 + int(speed * ASK_EVERY), 1000)])
-        self.told = distributed.all_reduce(question, distributed.ReduceOp.MAX, self.group, async_op=True), question
-
-    def _answer(self, step: int) -> int:
-        if self.told is None:
-            return 0
-        work, answer = self.told
-        self.told = None
-        work.wait()
-        number, interval = answer.tolist()
-        self.due = step + interval
-        return number
-
-    def _save(self, trainer: Trainer) -> str:
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, AtomicCheckpoint) and callback.save_last:
-                callback.save_now(trainer)
-                break
-        return manifest_of(trainer).place
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._answer(trainer.global_step)
+def save_last(trainer: Trainer) -> str:
+    "Save where the training is, and return that place in words."
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, AtomicCheckpoint) and callback.save_last:
+            callback.save_now(trainer)
+            break
+    return manifest_of(trainer).place

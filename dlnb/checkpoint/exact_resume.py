@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #c728fabe
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -25,8 +26,8 @@ from .random_state import generator_states, seed_generators, set_generator_state
 from .training_manifest import manifest_of
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #00c80826
-def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    "Let a checkpoint's loops count this Trainer's batches. Raises `ValueError` where they, or its steps, do not come out even."
+def rescale_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    "Rescale the counts of a checkpoint's loops to this Trainer's batches. Raises `ValueError` where they, or its steps, do not come out even."
     saved, here = Manifest.model_validate(checkpoint[KEY]), manifest_of(trainer)
     sizes = (saved.batch_size, here.batch_size) if saved.batch_size and here.batch_size else (1, 1)
     ratio = Fraction(saved.world_size * sizes[0], here.world_size * sizes[1])
@@ -40,22 +41,106 @@ def count_batches_anew(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for counts in (progress["total"], progress["current"]):
         counts.update({name: int(count * ratio) for name, count in counts.items()})
 
+# %% ../../nbs/checkpoint/12_exact_resume.ipynb #11052e44
+def drawing_samplers(trainer: Trainer) -> list[ResumableBatches]:
+    "The samplers that draw their order from the generators."
+    loaders = trainer.fit_loop._combined_loader.flattened
+    samplers = [loader.batch_sampler for loader in loaders if isinstance(loader, ResumableLoader)]
+    return [sampler for sampler in samplers if not isinstance(sampler.sampler, DistributedSampler)]
+
+
+def generators_at_epoch_start(trainer: Trainer) -> dict[str, Any] | None:
+    "The generators' states when the epoch's order was drawn; None where it is computed."
+    drawing = drawing_samplers(trainer)
+    return drawing[0].begun if drawing else None
+
+
+def warn_of_order() -> None:
+    warnings.warn(
+        "The order of this epoch was drawn by as many processes as there were, and is another one with others: some of its "
+        "samples come twice, and some not at all. dlnb.data.DataModule has an order that does not depend on them.",
+        stacklevel=2,
+    )
+
+# %% ../../nbs/checkpoint/12_exact_resume.ipynb #f18517c0
+class RankStates:
+    "The states of all ranks, as a checkpoint holds them."
+
+    def __init__(self) -> None:
+        self.saved: list[dict] | None = None  # one per rank, from the checkpoint; None once the training has resumed
+        self.collected: list[dict] = []  # one per rank, for the next checkpoint
+        self.loaders: list[dict] = []  # of loaders that keep their own position
+
+    def collect(self, trainer: Trainer) -> None:
+        "Gather the states; all ranks call it."
+        state = {"generators": generator_states(), "metrics": metric_states(trainer), "begun": generators_at_epoch_start(trainer)}
+        state = HostCopy().take(state | {"buffers": own_buffers(trainer)})
+        self.collected = [state]
+        if trainer.world_size > 1:
+            self.collected = [None] * trainer.world_size
+            distributed.all_gather_object(self.collected, state)
+
+    def own(self, trainer: Trainer) -> dict[str, Any] | None:
+        "This rank's saved state; None with another number of ranks."
+        if self.saved is None or len(self.saved) != trainer.world_size:
+            return None
+        return self.saved[trainer.global_rank]
+
+    def restore(self, trainer: Trainer, seed: int) -> None:
+        "Set generators, buffers and metrics. With another number of ranks the generators are seeded, and the metrics are summed on rank 0."
+        own = self.own(trainer)
+        if own is None:
+            seed_generators(seed, trainer.global_rank, trainer.global_step)
+        else:
+            restore_buffers(trainer, own["buffers"])
+            set_generator_states(own["generators"])
+        if self.saved:
+            together = self.saved if trainer.is_global_zero else []
+            ranks = [own] if own else together
+            restore_metrics(trainer, [rank["metrics"] for rank in ranks])
+            trainer._logger_connector._callback_metrics.update(self.saved[0]["metrics"]["callback_metrics"])
+        self.saved = None
+
+# %% ../../nbs/checkpoint/12_exact_resume.ipynb #41a5dd23
+def resume_position(
+    trainer: Trainer,
+    states: RankStates,
+    begin: Callable[[Start], None],  # takes the start of the epoch that is resumed, before its first batch is read
+) -> None:
+    "Let the restored loops continue at the boundary where they were saved."
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if is_between_epochs(trainer):
+        for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
+            loop.on_iteration_done()  # a new epoch
+        return
+    own = states.own(trainer)
+    if own is None and (states.saved[0]["begun"] or drawing_samplers(trainer)):
+        warn_of_order()
+    loaders, batches = fit_loop._combined_loader.flattened, trained_batches(trainer)
+    for loader in loaders:
+        _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+    skipping = all(hasattr(loader, "load_state_dict") for loader in loaders)
+    begin(Start(batches if skipping else 0, own["begun"] if own else None))
+    if states.loaders:
+        fit_loop._combined_loader._load_state_dicts(states.loaders)
+    iter(fit_loop._data_fetcher)  # Lightning has begun an epoch already, to count its batches
+    if not skipping:
+        read_and_drop(fit_loop._data_fetcher, batches)
+    call_once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
+
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #baadfa82
 class ExactResume(Callback):
-    """Makes a checkpoint hold all that a training needs to go on, and a training go on from it as if nothing had happened.
+    """Makes a checkpoint hold all that a training needs, and the training resume from it as if it had never stopped.
 
-    Without it among the checkpoint's callbacks, or with another number of ranks, each rank gets a stream of its own, a function of the
+    Without it among the checkpoint's callbacks, or with another number of ranks, each rank gets a random stream of its own, a function of the
     seed, the rank and the step."""
 
     def __init__(
         self,
         seed: int = 0,  # of the streams that are not restored
     ):
-        self.seed = seed
-        self.saved: list[dict] | None = None  # one a rank, from the checkpoint
-        self.collected: list[dict] = []  # likewise, for the next one
+        self.seed, self.states = seed, RankStates()
         self.start = Start()  # of the next epoch
-        self.loader_states: list[dict] = []  # of loaders that keep their own position
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -75,87 +160,24 @@ class ExactResume(Callback):
         return start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self.collected}
+        return {"ranks": self.states.collected}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.saved = state.get("ranks")
+        self.states.saved = state.get("ranks")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        self.states.loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         if KEY in checkpoint:
-            count_batches_anew(trainer, checkpoint)
+            rescale_batches(trainer, checkpoint)
 
     def collect(self, trainer: Trainer) -> None:
         "Gather the ranks' states, for `state_dict`; all ranks call it, right before they save."
-        state = {"generators": generator_states(), "metrics": metric_states(trainer), "begun": self._begun(trainer)}
-        state = HostCopy().take(state | {"buffers": own_buffers(trainer)})
-        self.collected = [state]
-        if trainer.world_size > 1:
-            self.collected = [None] * trainer.world_size
-            distributed.all_gather_object(self.collected, state)
-
-    @staticmethod
-    def _begun(trainer: Trainer) -> dict[str, Any] | None:
-        "How the generators were when the epoch's order was drawn; None where it is computed."
-        drawn = ExactResume._drawn(trainer)
-        return drawn[0].begun if drawn else None
-
-    @staticmethod
-    def _drawn(trainer: Trainer) -> list[ResumableBatches]:
-        "The samplers that draw their order from the generators."
-        loaders = trainer.fit_loop._combined_loader.flattened
-        samplers = [loader.batch_sampler for loader in loaders if isinstance(loader, ResumableLoader)]
-        return [sampler for sampler in samplers if not isinstance(sampler.sampler, DistributedSampler)]
-
-    def _own(self, trainer: Trainer) -> dict[str, Any] | None:
-        if self.saved is None or len(self.saved) != trainer.world_size:
-            return None
-        return self.saved[trainer.global_rank]
-
-    def _start_at_boundary(self, trainer: Trainer) -> None:
-        "Let the restored loops start where nothing was under way: Lightning would take it for the middle of a hook."
-        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        if is_between_epochs(trainer):
-            for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
-                loop.on_iteration_done()  # a fresh epoch
-            return
-        own = self._own(trainer)
-        self._warn_of_order(trainer)
-        loaders, batches = fit_loop._combined_loader.flattened, trained_batches(trainer)
-        for loader in loaders:
-            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
-        skipping = all(hasattr(loader, "load_state_dict") for loader in loaders)
-        self.start = Start(batches if skipping else 0, own["begun"] if own else None)
-        if self.loader_states:
-            fit_loop._combined_loader._load_state_dicts(self.loader_states)
-        iter(fit_loop._data_fetcher)  # Lightning has begun an epoch already, to count its batches
-        if not skipping:
-            read_and_drop(fit_loop._data_fetcher, batches)
-        call_once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
-
-    def _warn_of_order(self, trainer: Trainer) -> None:
-        if self._own(trainer) is None and (self.saved[0]["begun"] or self._drawn(trainer)):
-            warnings.warn(
-                "The order of this epoch was drawn by as many processes as there were, and is another one with others: some of its "
-                "samples come twice, and some not at all. dlnb.data.DataModule has an order that does not depend on them.",
-                stacklevel=2,
-            )
+        self.states.collect(trainer)
 
     def _restore(self, trainer: Trainer) -> None:
         "The last thing before the first batch, or the first epoch."
-        own = self._own(trainer)
-        if self.saved is not None:
-            self._start_at_boundary(trainer)
-        if own is None:
-            seed_generators(self.seed, trainer.global_rank, trainer.global_step)
-        else:
-            restore_buffers(trainer, own["buffers"])
-            set_generator_states(own["generators"])
-        if self.saved:
-            together = self.saved if trainer.is_global_zero else []
-            ranks = [own] if own else together
-            restore_metrics(trainer, [rank["metrics"] for rank in ranks])
-            trainer._logger_connector._callback_metrics.update(self.saved[0]["metrics"]["callback_metrics"])
-        self.saved = None
+        if self.states.saved is not None:
+            resume_position(trainer, self.states, lambda start: setattr(self, "start", start))
+        self.states.restore(trainer, self.seed)

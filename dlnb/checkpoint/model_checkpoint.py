@@ -64,16 +64,56 @@ class RankedCheckpoints(ModelCheckpoint):
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #deeae19a
 def _place(trainer: Trainer) -> tuple[int, int]:
-    "The optimizer steps and the epochs that are behind."
+    "The optimizer steps and the epochs that are done."
     return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #a0e0bee0
-class AtomicCheckpoint(RankedCheckpoints):
+class DeferredCheckpoints(RankedCheckpoints):
+    "A `ModelCheckpoint` that notes what Lightning would write and remove, instead of doing it in the middle of a hook."
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.save_last == "link":
+            self.save_last = True  # names of one writing share its bytes anyway
+        self.wanted: list[Path] = []
+        self.unwanted: list[Path] = []
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self.wanted.append(Path(filepath))
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self.unwanted.append(Path(filepath))
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        "Also the one that the training resumed from: when it is removed, a newer one is complete."
+        return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
+
+    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        score = monitor_candidates.get(self.monitor)
+        if score is None or trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(score))):
+            super()._save_monitor_checkpoint(trainer, monitor_candidates)
+        elif self.save_top_k == -1:  # every epoch's is kept
+            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
+
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7a8fb859
+def take_due(trainer: Trainer, folder: str | None) -> tuple[list[Path], list[Path]]:
+    "The names to write and those to remove, of all callbacks that save into this folder: one writing serves them."
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, DeferredCheckpoints)]
+    callbacks = [callback for callback in callbacks if callback.dirpath == folder]
+    wanted = list(dict.fromkeys(path for callback in callbacks for path in callback.wanted))
+    unwanted = [path for callback in callbacks for path in callback.unwanted if path not in wanted]
+    for callback in callbacks:
+        callback.wanted, callback.unwanted = [], []
+    return wanted, unwanted
+
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #66007caa
+class AtomicCheckpoint(DeferredCheckpoints):
     """A `ModelCheckpoint` whose checkpoints are complete or invisible. Used with `ExactResume`.
 
     `last.ckpt` is the newest state after every epoch, and after every `every_n_train_steps`, whatever the best one is."""
 
-    writer = Writer()  # one a process: two checkpoints are never written at the same time
+    writer = Writer()  # one per process: two checkpoints are never written at the same time
 
     def __init__(
         self,
@@ -84,31 +124,8 @@ class AtomicCheckpoint(RankedCheckpoints):
         **kwargs: Any,  # of ModelCheckpoint
     ):
         super().__init__(*args, **kwargs)
-        if self.save_last == "link":
-            self.save_last = True  # names of one writing share its bytes anyway
         self.identity, self.sources, self.background = identity, sources, background
-        self.wanted: list[Path] = []
-        self.unwanted: list[Path] = []
         self.last_place = (0, 0)  # of last.ckpt: steps and epochs
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self.wanted.append(Path(filepath))
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-
-    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        self.unwanted.append(Path(filepath))
-
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        "Also the one that the training went on from: when it is removed, a newer one is complete."
-        return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
-
-    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        "A score that is NaN or infinite on any rank is none: it is never the best, not even for want of another."
-        score = monitor_candidates.get(self.monitor)
-        if score is None or trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(score))):
-            super()._save_monitor_checkpoint(trainer, monitor_candidates)
-        elif self.save_top_k == -1:  # every epoch's is kept
-            self._save_checkpoint(trainer, self._get_metric_interpolated_filepath_name(monitor_candidates, trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = manifest_of(trainer, self.identity, self.sources).model_dump(mode="json")
@@ -132,30 +149,18 @@ class AtomicCheckpoint(RankedCheckpoints):
         self.writer.finish()
         trainer.strategy.barrier()
 
-    def _take_what_is_due(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
-        "The names to write and those to remove, of all callbacks that save into this folder: one writing serves them."
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, AtomicCheckpoint)]
-        callbacks = [callback for callback in callbacks if callback.dirpath == self.dirpath]
-        wanted = list(dict.fromkeys(path for callback in callbacks for path in callback.wanted))
-        unwanted = [path for callback in callbacks for path in callback.unwanted if path not in wanted]
-        for callback in callbacks:
-            callback.wanted, callback.unwanted = [], []
-        return wanted, unwanted
-
     def save(self, trainer: Trainer, background: bool) -> None:
         "Save under the names that are due; all ranks call it."
         for callback in trainer.callbacks:
             if isinstance(callback, ExactResume):
                 callback.collect(trainer)
-        wanted, unwanted = self._take_what_is_due(trainer)
+        wanted, unwanted = take_due(trainer, self.dirpath)
         if Path(self.last_model_path) in wanted:
             self.last_place = _place(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)
         keepers = [callback for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
         notes = [callback.note_of_checkpoint(trainer, manifest) for callback in keepers]
-        save_checkpoint(
-            trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background
-        )
+        save_checkpoint(trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
