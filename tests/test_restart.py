@@ -6,6 +6,7 @@ import signal
 import psutil
 import pytest
 from conftest import REPOSITORY, TRAIN
+from warm import warm_python
 
 pytestmark = pytest.mark.timeout(300)
 TRACED = REPOSITORY / "tests" / "traced.py"
@@ -19,7 +20,7 @@ def start(papermill, tmp_path, monkeypatch):
     "Start a training, with variables of its environment."
     monkeypatch.setenv("TRACE", str(tmp_path))
 
-    def start(*arguments, launcher=(), settings={}, **environment):
+    def start(*arguments, launcher=(warm_python(),), settings={}, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         return papermill(TRAIN, *arguments, launcher=launcher, **SETTINGS | settings, root=tmp_path / "runs")
@@ -45,7 +46,7 @@ def is_python(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("whom", ["every process", "one rank", pytest.param("papermill", marks=pytest.mark.soak)])
 def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(start, tmp_path, whom):
-    job = start(settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
+    job = start(launcher=(), settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
     wait_until_it_trains(job, tmp_path)
     family = [process for process in job.family.values() if is_python(process)]
     if whom == "every process":  # as SLURM does; data are loaded in processes too
@@ -84,7 +85,7 @@ def test_restarts_come_to_an_end(start, tmp_path):
 
 
 def test_torchrun_starts_a_crashed_training_again(start, tmp_path):
-    launcher = ("torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    launcher = (warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     job = start(launcher=launcher, settings=dict(max_epochs=2), STOP_AT=CRASH, STOP_ONCE=tmp_path / "once")
     assert job.wait() == 0, job.log.read_text()[-3000:]
     assert job.leftover() == []

@@ -45,12 +45,12 @@ def victim(job, kind: str) -> psutil.Process:
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.soak), "deepspeed_stage_3"])
-def test_a_killed_training_ends_with_the_same_bytes(papermill, tmp_path, strategy):
+def test_a_killed_training_ends_with_the_same_bytes(warm_papermill, tmp_path, strategy):
     settings = SETTINGS | {"strategy": strategy}
-    assert papermill(TRAIN, **settings, root=tmp_path / "whole").wait() == 0
+    assert warm_papermill(TRAIN, **settings, root=tmp_path / "whole").wait() == 0
     root, draw = tmp_path / "killed", random.Random(strategy)
     for kind in ("rank", "papermill"):
-        job = papermill(TRAIN, **settings, root=root)
+        job = warm_papermill(TRAIN, **settings, root=root)
         while not any(root.rglob("last.ckpt")) and job.process.poll() is None:
             time.sleep(0.02)
         while not (root.exists() and any(root.rglob("run.json")) and run_of(root)[1]["pid"] in job.family):
@@ -61,7 +61,7 @@ def test_a_killed_training_ends_with_the_same_bytes(papermill, tmp_path, strateg
         victim(job, kind).send_signal(signal.SIGKILL)
         job.wait()
         assert job.leftover() == []
-    again = papermill(TRAIN, **settings, root=root)
+    again = warm_papermill(TRAIN, **settings, root=root)
     assert again.wait() == 0, again.log.read_text()[-2000:]
     folder, record = run_of(root)
     assert (record["status"], record["attempts"]) == ("finished", 3)
@@ -101,20 +101,20 @@ def kill_at_random(job, root, draw, kind: str, during_a_save: bool) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
-def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(papermill, tmp_path, monkeypatch, strategy):
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(warm_papermill, tmp_path, monkeypatch, strategy):
     settings, roots = LONG | {"strategy": strategy}, {name: tmp_path / name for name in ("whole", "killed")}
     for name in roots:
         (tmp_path / f"{name}-trace").mkdir()
     monkeypatch.setenv("TRACE", str(tmp_path / "whole-trace"))
-    assert papermill(TRAIN, **settings, root=roots["whole"]).wait() == 0
+    assert warm_papermill(TRAIN, **settings, root=roots["whole"]).wait() == 0
     monkeypatch.setenv("TRACE", str(tmp_path / "killed-trace"))
     draw, kills = random.Random(strategy), 0
     for number in range(9):
-        job = papermill(TRAIN, **settings, root=roots["killed"])
+        job = warm_papermill(TRAIN, **settings, root=roots["killed"])
         kill_at_random(job, roots["killed"], draw, ("rank", "kernel", "papermill")[number % 3], during_a_save=number % 2 == 1)
         kills += job.wait() != 0
         assert job.leftover() == []
-    again = papermill(TRAIN, **settings, root=roots["killed"])
+    again = warm_papermill(TRAIN, **settings, root=roots["killed"])
     assert again.wait() == 0, again.log.read_text()[-2000:]
     _, record = run_of(roots["killed"])
     print(strategy, kills, "kills,", record["attempts"], "attempts that trained")
