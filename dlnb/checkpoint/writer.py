@@ -33,6 +33,31 @@ class Write(NamedTuple):
     removals: Sequence[Path]  # checkpoints that it takes the place of
     notes: Sequence[Callable[[], None]] = ()  # called by rank 0 once it has its names, before the others are removed
 
+# %% ../../nbs/checkpoint/05_writer.ipynb #3aec213f
+def write_files(work: Write) -> None:
+    "Write this rank's files, and in a folder its note."
+    import torch
+
+    for path, content in work.files.items():
+        torch.save(content, path)
+        if not work.staging.is_dir():
+            mark_archive(path)
+        sync_to_disk(path)
+    if work.staging.is_dir():
+        _write_note(work)
+
+
+def await_notes(work: Write, abandoned: threading.Event) -> None:
+    "Wait until all ranks have written. Raises `ChildProcessError` where the training has failed and a note does not come."
+    wanted = [_note(work.staging, rank) for rank in range(work.manifest.world_size)]
+    failed = None
+    while not all(path.exists() for path in wanted):
+        if abandoned.is_set():
+            failed = failed or time.monotonic()
+            if time.monotonic() > failed + 2:
+                raise ChildProcessError("Another rank ended before it had written its part of the checkpoint.")
+        time.sleep(0.01)
+
 # %% ../../nbs/checkpoint/05_writer.ipynb #59f3fb41
 class Writer:
     "Writes checkpoints, one after the other, in the background or at once."
@@ -77,44 +102,27 @@ class Writer:
     def _run(self, work: Write) -> None:
         self.placed = False
         try:
-            self._write(work)
+            write_files(work)
+            if work.rank == 0:
+                self._publish(work)
         except BaseException as error:
             self.error = _told(work, error, self.placed) if isinstance(error, Exception) else error
             if work.rank == 0:
                 remove_path(work.staging)
 
-    def _write(self, work: Write) -> None:
-        import torch
-
-        for path, content in work.files.items():
-            torch.save(content, path)
-            if not work.staging.is_dir():
-                mark_archive(path)
-            sync_to_disk(path)
+    def _publish(self, work: Write) -> None:
+        "Give the checkpoint its names once it is complete, and remove those that it takes the place of; rank 0 does it."
         if work.staging.is_dir():
-            _write_note(work)
-        if work.rank == 0:
-            if work.staging.is_dir():
-                self._await_notes(work)
-                _complete(work)
-            place(work.staging, *work.paths)
-            self.placed = True
-            try:
-                for note in work.notes:
-                    note()
-            finally:
-                for path in work.removals:
-                    remove(path)
-
-    def _await_notes(self, work: Write) -> None:
-        wanted = [_note(work.staging, rank) for rank in range(work.manifest.world_size)]
-        gone = None
-        while not all(path.exists() for path in wanted):
-            if self.abandoned.is_set():
-                gone = gone or time.monotonic()
-                if time.monotonic() > gone + 2:
-                    raise ChildProcessError("Another rank ended before it had written its part of the checkpoint.")
-            time.sleep(0.01)
+            await_notes(work, self.abandoned)
+            _complete(work)
+        place(work.staging, *work.paths)
+        self.placed = True
+        try:
+            for note in work.notes:
+                note()
+        finally:
+            for path in work.removals:
+                remove(path)
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #5c6915a0
 def _told(work: Write, error: Exception, placed: bool) -> OSError:

@@ -38,11 +38,11 @@ class _Directory(io.BufferedReader):
         return super().read(size)
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #f2dfa296
-class Archive:
-    "The members of a file that `torch.save` wrote. Raises `ValueError` for any other file, and for one that was cut."
+class Members:
+    "The members of a zip file, by their names without the first folder. Raises `ValueError` for a file that was cut, or is none."
 
     def __init__(self, path: str | Path):
-        self.path, self.members, self._begins = Path(path), {}, {}
+        self.path, self.members = Path(path), {}
         opened = open_regular(self.path)
         try:
             with _Directory(opened.detach()) as file, zipfile.ZipFile(file) as archive:
@@ -57,14 +57,19 @@ class Archive:
             raise self._damage(error) from error
         except Exception as error:  # a damaged directory can fail in any way
             raise self._damage(error) from error
-        byte_order = self.content("byteorder", 10) if "byteorder" in self.members else b"little"
-        if "data.pkl" not in self.members or byte_order != b"little":
-            raise ValueError(f"{self.path} is no file of torch.save for little-endian machines: it has no data.pkl.")
 
     def _damage(self, error: Exception) -> ValueError:
         return ValueError(
             f"{self.path} is cut off, damaged, or no file of torch.save (torch 1.6 or newer): {shown(str(error))}."
         )
+
+# %% ../../nbs/formats/00_torch_zip.ipynb #243fab63
+class StoredMembers(Members):
+    "The places of members' bytes in the file."
+
+    def __init__(self, path: str | Path):
+        self._begins: dict[str, int] = {}
+        super().__init__(path)
 
     def check(self, member: str, offset: int, size: int) -> None:
         "Raise `ValueError` unless a member has these bytes, and has them as they are."
@@ -92,6 +97,16 @@ class Archive:
                 raise ValueError(f"{self.path} is cut off: {shown(member)} is not all there.")
             self._begins[member] = begin
         return self._begins[member]
+
+# %% ../../nbs/formats/00_torch_zip.ipynb #392f63f8
+class Archive(StoredMembers):
+    "The storages of a file that `torch.save` wrote. Raises `ValueError` for any other file, and for one that was cut."
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        byte_order = self.content("byteorder", 10) if "byteorder" in self.members else b"little"
+        if "data.pkl" not in self.members or byte_order != b"little":
+            raise ValueError(f"{self.path} is no file of torch.save for little-endian machines: it has no data.pkl.")
 
     def piece(
         self,

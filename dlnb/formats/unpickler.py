@@ -64,44 +64,12 @@ def checked_key(key: Any, depth: int = 2) -> Any:
         raise pickle.UnpicklingError(f"a {type(key).__name__} is a key")
     return key
 
-# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
-class Unpickler:
-    "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
+# %% ../../nbs/formats/02_unpickler.ipynb #b32f19c4
+class Arguments:
+    "The bytes of a pickle, read one argument after the other."
 
-    kinds = (dict, list, tuple, set, frozenset)  # whose content is measured
-
-    def __init__(
-        self,
-        content: bytes,
-        steps: int = STEPS,  # instructions at most, and items that they copy
-    ):
-        self.content, self.steps, self.left, self.at = content, steps, steps, 0
-        self.stack, self.marks, self.memo, self.names = [], [], {}, {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    def persistent_load(self, identity: Any) -> Any:
-        raise pickle.UnpicklingError("it has persistent identities")
-
-    def load(self) -> Any:
-        "The value. Raises any exception where the pickle is damaged."
-        content, instructions, stack, memo = self.content, _INSTRUCTIONS, self.stack, self.memo
-        while self.left > 0:
-            self.left -= 1
-            code = content[self.at]
-            self.at += 1
-            if code == 46:  # b"."
-                (value,) = self.stack
-                _check_tree(value, self.steps, self.kinds)
-                return value
-            if code == 114:  # b"r" and b"j" are every second instruction
-                memo[self.number(_COUNT)] = stack[-1]
-            elif code == 106:
-                stack.append(memo[self.number(_COUNT)])
-            else:
-                instructions[code](self)
-        raise pickle.UnpicklingError(f"it has more than {self.steps:,} instructions")
+    def __init__(self, content: bytes):
+        self.content, self.at = content, 0
 
     def number(self, kind: struct.Struct) -> int | float:
         "The instruction's argument."
@@ -120,16 +88,14 @@ class Unpickler:
         begin, self.at = self.at, self.content.index(b"\n", self.at) + 1
         return self.content[begin : self.at - 1].decode()
 
-    def without_names(self) -> tuple:
-        "A call's arguments by place; those by name are left out."
-        self.stack.pop()
-        return self.stack.pop()
+# %% ../../nbs/formats/02_unpickler.ipynb #7e023948
+class Stack(Arguments):
+    "The stack of the machine, and what its instructions do with it."
 
-    def since_mark(self) -> list:
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
-        return items
+    def __init__(self, content: bytes, steps: int):
+        super().__init__(content)
+        self.steps = self.left = steps
+        self.stack, self.marks, self.memo = [], [], {}
 
     def put(self, value: Any) -> None:
         self.stack.append(value)
@@ -137,13 +103,16 @@ class Unpickler:
     def pack(self, count: int) -> None:
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def name(self, module: str, name: str) -> None:
-        key = checked_key((module, name))
-        if key not in self.names:
-            if len(self.names) >= 1000 or len(module) + len(name) > 500:
-                raise pickle.UnpicklingError("it names more than a thousand classes, or one too long")
-            self.names[key] = self.find_class(module, name)
-        self.put(self.names[key])
+    def since_mark(self) -> list:
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def without_names(self) -> tuple:
+        "A call's arguments by place; those by name are left out."
+        self.stack.pop()
+        return self.stack.pop()
 
     def call(self, arguments: Any) -> None:
         function = self.stack.pop()
@@ -153,6 +122,15 @@ class Unpickler:
         for argument in arguments:
             self.left -= len(argument) if isinstance(argument, list | tuple | set | dict) else 0  # may be copied
         self.put(function(*arguments))
+
+    def build(self, state: Any) -> None:
+        if not isinstance(target := self.stack[-1], Foreign | Mapping):
+            raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
+        target.__setstate__(state)
+
+# %% ../../nbs/formats/02_unpickler.ipynb #6622d883
+class Containers(Stack):
+    "The instructions that fill containers."
 
     def append(self, items: list) -> None:
         if isinstance(target := self.stack[-1], list):
@@ -172,10 +150,52 @@ class Unpickler:
         elif not isinstance(target, Foreign):
             raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
 
-    def build(self, state: Any) -> None:
-        if not isinstance(target := self.stack[-1], Foreign | Mapping):
-            raise pickle.UnpicklingError(f"it sets the state of a {type(target).__name__}")
-        target.__setstate__(state)
+# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
+class Unpickler(Containers):
+    "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
+
+    kinds = (dict, list, tuple, set, frozenset)  # whose content is measured
+
+    def __init__(
+        self,
+        content: bytes,
+        steps: int = STEPS,  # instructions at most, and items that they copy
+    ):
+        super().__init__(content, steps)
+        self.names: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, identity: Any) -> Any:
+        raise pickle.UnpicklingError("it has persistent identities")
+
+    def name(self, module: str, name: str) -> None:
+        key = checked_key((module, name))
+        if key not in self.names:
+            if len(self.names) >= 1000 or len(module) + len(name) > 500:
+                raise pickle.UnpicklingError("it names more than a thousand classes, or one too long")
+            self.names[key] = self.find_class(module, name)
+        self.put(self.names[key])
+
+    def load(self) -> Any:
+        "The value. Raises any exception where the pickle is damaged."
+        content, instructions, stack, memo = self.content, _INSTRUCTIONS, self.stack, self.memo
+        while self.left > 0:
+            self.left -= 1
+            code = content[self.at]
+            self.at += 1
+            if code == 46:  # b"."
+                (value,) = self.stack
+                _check_tree(value, self.steps, self.kinds)
+                return value
+            if code == 114:  # b"r" and b"j" are every second instruction
+                memo[self.number(_COUNT)] = stack[-1]
+            elif code == 106:
+                stack.append(memo[self.number(_COUNT)])
+            else:
+                instructions[code](self)
+        raise pickle.UnpicklingError(f"it has more than {self.steps:,} instructions")
 
 # %% ../../nbs/formats/02_unpickler.ipynb #59db8ef5
 _BYTE, _SHORT, _INT, _COUNT, _LONG, _FLOAT = map(struct.Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))
@@ -200,57 +220,59 @@ def _bytes(length: struct.Struct) -> Callable[[Unpickler], None]:
 def _remember(machine: Unpickler, index: int) -> None:
     machine.memo[index] = machine.stack[-1]
 
-# %% ../../nbs/formats/02_unpickler.ipynb #858c9027
-_INSTRUCTIONS: dict[int, Callable[[Unpickler], None]] = {
-    code[0]: instruction
-    for code, instruction in {
-        b"\x80": lambda machine: machine.number(_BYTE),  # the protocol
-        b"\x95": lambda machine: machine.number(_LONG),  # a frame, which is there for the reader's convenience
-        b"N": lambda machine: machine.put(None),
-        b"\x88": lambda machine: machine.put(True),
-        b"\x89": lambda machine: machine.put(False),
-        b"K": _number(_BYTE),
-        b"M": _number(_SHORT),
-        b"J": _number(_INT),
-        b"G": _number(_FLOAT),
-        b"\x8a": _whole(_BYTE),
-        b"\x8b": _whole(_COUNT),
-        b"X": _text(_COUNT),
-        b"\x8c": _text(_BYTE),
-        b"\x8d": _text(_LONG),
-        b"B": _bytes(_COUNT),
-        b"C": _bytes(_BYTE),
-        b"\x8e": _bytes(_LONG),
-        b"\x96": lambda machine: machine.put(bytearray(machine.bytes(_LONG))),
-        b"T": lambda machine: machine.put(machine.bytes(_COUNT).decode("latin-1")),  # a text of Python 2
-        b"U": lambda machine: machine.put(machine.bytes(_BYTE).decode("latin-1")),
-        b"(": lambda machine: machine.marks.append(len(machine.stack)),
-        b")": lambda machine: machine.put(()),
-        b"\x85": lambda machine: machine.pack(1),
-        b"\x86": lambda machine: machine.pack(2),
-        b"\x87": lambda machine: machine.pack(3),
-        b"t": lambda machine: machine.put(tuple(machine.since_mark())),
-        b"]": lambda machine: machine.put([]),
-        b"}": lambda machine: machine.put({}),
-        b"\x8f": lambda machine: machine.put(set) or machine.call(()),
-        b"\x91": lambda machine: machine.put(frozenset(map(checked_key, machine.since_mark()))),
-        b"a": lambda machine: machine.append([machine.stack.pop()]),
-        b"e": lambda machine: machine.append(machine.since_mark()),
-        b"s": lambda machine: machine.set([machine.stack.pop(-2), machine.stack.pop()]),
-        b"u": lambda machine: machine.set(machine.since_mark()),
-        b"\x90": lambda machine: machine.add(machine.since_mark()),
-        b"q": lambda machine: _remember(machine, machine.number(_BYTE)),
-        b"\x94": lambda machine: _remember(machine, len(machine.memo)),
-        b"h": lambda machine: machine.put(machine.memo[machine.number(_BYTE)]),
-        b"c": lambda machine: machine.name(machine.line(), machine.line()),
-        b"\x93": lambda machine: machine.name(machine.stack.pop(-2), machine.stack.pop()),
-        b"R": lambda machine: machine.call(machine.stack.pop()),
-        b"\x81": lambda machine: machine.call(machine.stack.pop()),
-        b"\x92": lambda machine: machine.call(machine.without_names()),
-        b"b": lambda machine: machine.build(machine.stack.pop()),
-        b"Q": lambda machine: machine.put(machine.persistent_load(machine.stack.pop())),
-    }.items()
+# %% ../../nbs/formats/02_unpickler.ipynb #cc08294b
+_VALUES: dict[bytes, Callable[[Unpickler], None]] = {
+    b"\x80": lambda machine: machine.number(_BYTE),  # the protocol
+    b"\x95": lambda machine: machine.number(_LONG),  # a frame, which is there for the reader's convenience
+    b"N": lambda machine: machine.put(None),
+    b"\x88": lambda machine: machine.put(True),
+    b"\x89": lambda machine: machine.put(False),
+    b"K": _number(_BYTE),
+    b"M": _number(_SHORT),
+    b"J": _number(_INT),
+    b"G": _number(_FLOAT),
+    b"\x8a": _whole(_BYTE),
+    b"\x8b": _whole(_COUNT),
+    b"X": _text(_COUNT),
+    b"\x8c": _text(_BYTE),
+    b"\x8d": _text(_LONG),
+    b"B": _bytes(_COUNT),
+    b"C": _bytes(_BYTE),
+    b"\x8e": _bytes(_LONG),
+    b"\x96": lambda machine: machine.put(bytearray(machine.bytes(_LONG))),
+    b"T": lambda machine: machine.put(machine.bytes(_COUNT).decode("latin-1")),  # a text of Python 2
+    b"U": lambda machine: machine.put(machine.bytes(_BYTE).decode("latin-1")),
 }
+
+# %% ../../nbs/formats/02_unpickler.ipynb #858c9027
+_OPERATIONS: dict[bytes, Callable[[Unpickler], None]] = {
+    b"(": lambda machine: machine.marks.append(len(machine.stack)),
+    b")": lambda machine: machine.put(()),
+    b"\x85": lambda machine: machine.pack(1),
+    b"\x86": lambda machine: machine.pack(2),
+    b"\x87": lambda machine: machine.pack(3),
+    b"t": lambda machine: machine.put(tuple(machine.since_mark())),
+    b"]": lambda machine: machine.put([]),
+    b"}": lambda machine: machine.put({}),
+    b"\x8f": lambda machine: machine.put(set) or machine.call(()),
+    b"\x91": lambda machine: machine.put(frozenset(map(checked_key, machine.since_mark()))),
+    b"a": lambda machine: machine.append([machine.stack.pop()]),
+    b"e": lambda machine: machine.append(machine.since_mark()),
+    b"s": lambda machine: machine.set([machine.stack.pop(-2), machine.stack.pop()]),
+    b"u": lambda machine: machine.set(machine.since_mark()),
+    b"\x90": lambda machine: machine.add(machine.since_mark()),
+    b"q": lambda machine: _remember(machine, machine.number(_BYTE)),
+    b"\x94": lambda machine: _remember(machine, len(machine.memo)),
+    b"h": lambda machine: machine.put(machine.memo[machine.number(_BYTE)]),
+    b"c": lambda machine: machine.name(machine.line(), machine.line()),
+    b"\x93": lambda machine: machine.name(machine.stack.pop(-2), machine.stack.pop()),
+    b"R": lambda machine: machine.call(machine.stack.pop()),
+    b"\x81": lambda machine: machine.call(machine.stack.pop()),
+    b"\x92": lambda machine: machine.call(machine.without_names()),
+    b"b": lambda machine: machine.build(machine.stack.pop()),
+    b"Q": lambda machine: machine.put(machine.persistent_load(machine.stack.pop())),
+}
+_INSTRUCTIONS = {code[0]: instruction for code, instruction in (_VALUES | _OPERATIONS).items()}
 
 # %% ../../nbs/formats/02_unpickler.ipynb #d19d660c
 DEPTH = 100  # lists in lists
