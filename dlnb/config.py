@@ -337,13 +337,9 @@ def _check_agreement(config: RunConfig) -> None:
 
 def _check_training(config: RunConfig) -> None:
     if config.strategy.startswith("deepspeed") and config.gradient_clip_algorithm == "value":
-        raise ValueError(
-            "gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'."
-        )
+        raise ValueError("gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'.")
     if config.max_epochs == -1 and config.max_steps == -1:
-        raise ValueError(
-            "max_epochs=-1 and max_steps=-1 would never end, and the learning rate's curve needs an end. Give one."
-        )
+        raise ValueError("max_epochs=-1 and max_steps=-1 would never end, and the learning rate's curve needs an end. Give one.")
 
 # %% ../nbs/05_config.ipynb #a98a196f
 def _check_reporting(config: RunConfig) -> None:
@@ -352,13 +348,9 @@ def _check_reporting(config: RunConfig) -> None:
     if config.monitor is None and config.save_top_k not in (-1, 0, 1):
         raise ValueError(f"save_top_k={config.save_top_k} needs a metric to rank by: give monitor, or save_top_k=1.")
     if config.logger == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        raise ValueError(
-            "logger='tensorboard' needs the package tensorboard: pip install tensorboard, or use logger='csv'."
-        )
+        raise ValueError("logger='tensorboard' needs the package tensorboard: pip install tensorboard, or use logger='csv'.")
     if config.origin is not None and not (config.origin and os.path.exists(config.origin)):
-        raise ValueError(
-            f"resume={config.resume!r} must be 'auto', 'never', or a run's folder or checkpoint that exists."
-        )
+        raise ValueError(f"resume={config.resume!r} must be 'auto', 'never', or a run's folder or checkpoint that exists.")
 
 # %% ../nbs/05_config.ipynb #8bd40f39
 def _check_classes(config: RunConfig) -> None:
@@ -374,9 +366,7 @@ def _check_classes(config: RunConfig) -> None:
             f"{LONGEST_NAME} bytes. Give one of them a shorter name."
         )
     if not config.has_data_module and "split" not in config.data_parameters:
-        raise ValueError(
-            f"data={config.data!r} is neither a LightningDataModule nor a dataset class that takes split=."
-        )
+        raise ValueError(f"data={config.data!r} is neither a LightningDataModule nor a dataset class that takes split=.")
 
 # %% ../nbs/05_config.ipynb #616dfe9a
 def _check_strategy_args(strategy: str, arguments: Mapping[str, Any]) -> None:
@@ -393,9 +383,7 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
     known = set(inspect.signature(Trainer).parameters)
     for name in arguments:
         if name in ("fast_dev_run", "barebones"):
-            raise ValueError(
-                f"trainer_args: {name!r} keeps no run; to try a few steps, set limit_train_batches or max_steps."
-            )
+            raise ValueError(f"trainer_args: {name!r} keeps no run; to try a few steps, set limit_train_batches or max_steps.")
         if name in RunConfig.model_fields or name in ("callbacks", "logger", "default_root_dir"):
             raise ValueError(f"trainer_args: {name!r} is set by dlnb; use the setting of the run, not trainer_args.")
         if name not in known:

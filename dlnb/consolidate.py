@@ -27,12 +27,8 @@ def _bytes(
     "A size in bytes. Raises `ValueError` for any other text."
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", str(size).strip(), flags=re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise ValueError(
-            f"max_shard_size={size!r} must be a size such as '5GB', '500MB' or '2GiB', or a number of bytes."
-        )
-    return int(
-        float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0)
-    )
+        raise ValueError(f"max_shard_size={size!r} must be a size such as '5GB', '500MB' or '2GiB', or a number of bytes.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
 
 # %% ../nbs/01_consolidate.ipynb #82c7a910
 def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
@@ -66,9 +62,7 @@ def consolidate(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(unknown("dtype", dtype, DTYPES))
     if ckpt and max_shard_size:
-        raise ValueError(
-            f"max_shard_size={max_shard_size!r} is for safetensors; a Lightning checkpoint (ckpt) is one file."
-        )
+        raise ValueError(f"max_shard_size={max_shard_size!r} is for safetensors; a Lightning checkpoint (ckpt) is one file.")
     limit = _bytes(max_shard_size) if max_shard_size is not None else None
     out, checkpoint = _target(out, ckpt, overwrite), Path(checkpoint)
     index = out.with_name(f"{out.name}.index.json")
@@ -112,16 +106,10 @@ def main(
 ) -> None:
     "`python -m dlnb.consolidate CHECKPOINT OUT`: an error is one line, and the exit code 1."
     parser = argparse.ArgumentParser("python -m dlnb.consolidate", description="Any checkpoint as one file of weights.")
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a ZeRO or FSDP folder, a .ckpt file, or a run's folder"
-    )
-    parser.add_argument(
-        "out", metavar="OUT", help="the .safetensors (or, with --ckpt, .ckpt) file to write, or a folder"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a ZeRO or FSDP folder, a .ckpt file, or a run's folder")
+    parser.add_argument("out", metavar="OUT", help="the .safetensors (or, with --ckpt, .ckpt) file to write, or a folder")
     parser.add_argument("--dtype", choices=DTYPES, help="cast floating-point weights; else they stay as saved")
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 5GB: more goes into several files and an index"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB: more goes into several files and an index")
     parser.add_argument("--ckpt", action="store_true", help="write a Lightning checkpoint, for load_from_checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     try:

@@ -166,9 +166,7 @@ def _check_integer(name: str, value: Any, least: int, alternative: str = "") -> 
         raise ValueError(f"{name} must be an integer of at least {least}{alternative}, but got {name}={value!r}")
 
 
-def _check_arguments(
-    dataset: Callable, dataset_args: dict[str, Any], batch_size: int, seed: int, num_workers: int | str
-) -> None:
+def _check_arguments(dataset: Callable, dataset_args: dict[str, Any], batch_size: int, seed: int, num_workers: int | str) -> None:
     "Raise `TypeError` where `dataset` does not accept the arguments, `ValueError` for numbers out of range."
     if "split" in dataset_args:
         raise ValueError("dataset_args must not hold split: the module asks for each split itself. Leave it out.")
@@ -284,9 +282,7 @@ def remade(
     **options: Any,  # batch_size and sampler, or batch_sampler, and what else differs
 ) -> DataLoader:
     "A loader with the same workers and collation as another, over its dataset in another order."
-    kept = (
-        "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
-    )
+    kept = "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator persistent_workers"
     same = {name: getattr(loader, name) for name in kept.split()}
     if loader.num_workers:
         same["prefetch_factor"] = loader.prefetch_factor

@@ -79,9 +79,7 @@ def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, cl
     "Run the notebook once; where a training has crashed, and can go on, what happened to it."
     text = nbformat.writes(nb)
     with job_folder(text) as folder, meeting(folder, meeting_place(output_path)) as reporter:
-        (folder / "name").write_text(
-            Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb", encoding="utf-8"
-        )
+        (folder / "name").write_text(Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb", encoding="utf-8")
         if rank := external_rank():
             run_external_rank(folder, rank, text, reporter)
             return None
@@ -120,9 +118,7 @@ def _supervise(
 # %% ../nbs/09_engine.ipynb #d581c7ea
 def _check_restarts(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ParameterError(
-            f"max_restarts={value!r} must be a number from 0 on: how often a crashed notebook is started again."
-        )
+        raise ParameterError(f"max_restarts={value!r} must be a number from 0 on: how often a crashed notebook is started again.")
     return 0 if external_rank() is not None else value  # torchrun --max-restarts does that itself
 
 

@@ -98,9 +98,7 @@ class DigitsNet(_Classifier):
         for channels in [1] + [width] * (depth - 1):
             # one group: the norm is over all channels, so that any width will do
             layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.GroupNorm(1, width), nn.GELU()]
-        self.layers = nn.Sequential(
-            *layers, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, num_classes)
-        )
+        self.layers = nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * width, num_classes))
 
     def forward(
         self,

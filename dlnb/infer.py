@@ -23,10 +23,10 @@ from .formats.reader import read_layout
 from .predictions.merge import merge_predictions
 from .predictions.plots import confusion_matrix
 from .predictions.writer import PredictionWriter
+from .system.atomic import write_json
 from .tracking.record import RunRecord
 from .tracking.sources import source_hashes
 from .tracking.wandb import wandb_logger
-from .system.atomic import write_json
 from .trainer import describe_differences, recorded_end
 from .training.build import build_data, build_model
 from .training.start import run_lock_held

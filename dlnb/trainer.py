@@ -51,9 +51,7 @@ def fit(
     record = find_run(config)
     if is_finished(record, config):
         check_unchanged(record, sources)
-        print(
-            f"This run has finished. To train it anew, give resume='never'; to go on, raise max_epochs. {record.folder}"
-        )
+        print(f"This run has finished. To train it anew, give resume='never'; to go on, raise max_epochs. {record.folder}")
         return record
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
     remedy = "Wait for it, end it, or give resume='never' to train beside it."

@@ -10,11 +10,11 @@ import optuna
 
 from .callbacks.progress_bar import Line
 from .config import RunConfig
-from .tracking.record import RunRecord
 from .search.plan import open_study, plan_search
 from .search.scheduler import Scheduler
 from .search.study import StudyConfig
 from .search.trial_queue import best_trial
+from .tracking.record import RunRecord
 
 # %% ../nbs/10_tuner.ipynb #c3d71c45
 def tune(

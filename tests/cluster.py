@@ -126,9 +126,7 @@ def write_configuration(folder: Path) -> None:
         (folder / name).mkdir(mode=0o755)
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
-    (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, host=socket.gethostname(), ports=free_ports(3))
-    )
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=socket.gethostname(), ports=free_ports(3)))
     (folder / "cgroup.conf").write_text(CGROUP)
 
 

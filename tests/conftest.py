@@ -141,20 +141,14 @@ class Papermill:
     def leftover(self, within: float = 15) -> list[str]:
         "The processes that still run `within` seconds from now: the command lines."
         deadline = time.monotonic() + within
-        while (
-            alive := [process for process in self.family.values() if is_running(process)]
-        ) and time.monotonic() < deadline:
+        while (alive := [process for process in self.family.values() if is_running(process)]) and time.monotonic() < deadline:
             time.sleep(0.05)
         return [" ".join(process.cmdline()) for process in alive]
 
     def end(self) -> None:
         "Kill what this test has started."
         self.look()
-        for process in (
-            (psutil.Process(self.process.pid), *self.family.values())
-            if self.process.poll() is None
-            else self.family.values()
-        ):
+        for process in (psutil.Process(self.process.pid), *self.family.values()) if self.process.poll() is None else self.family.values():
             if is_running(process):
                 process.kill()
         self.process.wait()
@@ -210,9 +204,7 @@ def train(tmp_path_factory, launch):
 
     def train(strategy: str) -> Trained:
         if strategy not in runs:
-            settings = dict(
-                strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root)
-            )
+            settings = dict(strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root))
             settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
             notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
             record = json.loads((folder / "run.json").read_text())

@@ -189,9 +189,7 @@ def masters(engine, spec: Spec) -> dict[torch.nn.Parameter, torch.Tensor]:
         return flat_masters(engine.optimizer)
     trained = [getattr(engine.module, f"p{number}") for number in spec.optimized()]
     whole = {parameter: deepspeed.utils.safe_get_full_fp32_param(parameter).detach() for parameter in trained}
-    return {
-        parameter: value.reshape(getattr(parameter, "ds_shape", parameter.shape)) for parameter, value in whole.items()
-    }
+    return {parameter: value.reshape(getattr(parameter, "ds_shape", parameter.shape)) for parameter, value in whole.items()}
 
 
 def live_state(engine, spec: Spec) -> dict[str, torch.Tensor]:

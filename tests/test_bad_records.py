@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dlnb.tracking.catalogue import _record_folders, read_records
 from dlnb.track import RunRecord, best, compare, plot_metrics, plot_runs, prune, read_metrics, runs
+from dlnb.tracking.catalogue import _record_folders, read_records
 
 SETTINGS = {"model": "nets:Net", "data": "nets:Data", "lr": 0.1, "monitor": "val_loss", "monitor_mode": "min", "tags": ["a"]}
 SETTINGS |= {"strategy": "auto", "model_args": {"width": 8}, "data_args": {}}

@@ -58,9 +58,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "settings, told", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
-)
+@pytest.mark.parametrize("settings, told", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_a_wrong_setting_is_refused_and_nothing_is_written(settings, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:
@@ -89,9 +87,7 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    "settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")]
-)
+@pytest.mark.parametrize("settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")])
 def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, warm_papermill, tmp_path):
     job = warm_papermill(TRAIN, root=tmp_path / "runs", **settings)
     assert job.wait() == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import OPTIMIZERS, SAME, TRAIN
-from wandb_files import wandb_runs
 from safetensors.torch import load_file
+from wandb_files import wandb_runs
 
 from dlnb.training.build import build_model
 
@@ -79,10 +79,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(train, launch):
     notebook, _ = launch(
         TRAIN,
         None,
-        **{
-            name: trained.record["settings"][name]
-            for name in ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")
-        },
+        **{name: trained.record["settings"][name] for name in ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")},
     )
     assert "This run has finished" in str(notebook.cells)
     assert (trained.folder / "run.json").read_bytes() == before

@@ -115,9 +115,7 @@ def specs(draw) -> Spec:
     groups = [[i for i, group in enumerate(group_of) if group == number] for number in sorted(set(group_of))]
     frozen = draw(st.sets(st.sampled_from(range(len(shapes))), max_size=len(shapes) - 1))
     kept = [[i for i in group if i not in frozen] for group in groups]
-    flags = {
-        name: draw(st.booleans()) for name in ("tied", "buffers", "offload", "alignment", "round_robin", "zero_init")
-    }
+    flags = {name: draw(st.booleans()) for name in ("tied", "buffers", "offload", "alignment", "round_robin", "zero_init")}
     precision = draw(st.sampled_from(["fp32", "bf16"]))
     groups = [group for group in kept if group]
     return Spec(draw(st.sampled_from([1, 2, 3])), precision, shapes, groups=groups, frozen=sorted(frozen), **flags)
@@ -349,14 +347,12 @@ def test_memory_stays_small_and_torch_away(large, dtype, tmp_path):
     done = run("-c", PEAK, large, tmp_path / "model.safetensors", dtype)
     peak, imported = done.stdout.split(maxsplit=1)
     assert imported.strip() == "[]", done.stderr
-    assert int(peak) < 64_000 + (20_000 if dtype else 0) + 20_000, (
-        "kB; the pages of the weight that is not in order count too"
-    )
+    assert int(peak) < 64_000 + (20_000 if dtype else 0) + 20_000, "kB; the pages of the weight that is not in order count too"
     assert (tmp_path / "model.safetensors").stat().st_size > (150e6 if dtype else 300e6)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(large, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000_000, 100_000_000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000_000, 100_000_000))
     (tmp_path / "out").mkdir()
     done = run("-m", "dlnb.consolidate", large, tmp_path / "out", preexec_fn=limit)
     assert done.returncode == 1 and f"File too large: '{tmp_path / 'out/model.safetensors'}'" in done.stderr
@@ -414,17 +410,13 @@ def test_several_files_and_their_index_replace_one_and_are_replaced_by_one(saved
     index = consolidate(saved["three"], tmp_path, max_shard_size="600B", overwrite=True)
     assert index.name == "model.safetensors.index.json" and not (tmp_path / "model.safetensors").exists()
     where = json.loads(index.read_text())["weight_map"]
-    assert_equal_bytes(
-        {name: load_file(tmp_path / file).get(name, expected[name]) for name, file in where.items()}, expected
-    )
+    assert_equal_bytes({name: load_file(tmp_path / file).get(name, expected[name]) for name, file in where.items()}, expected)
     assert all(path.stat().st_size < 600 + 2000 for path in tmp_path.glob("model-*.safetensors"))
     consolidate(saved["three"], tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "dtype, expected", {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items()
-)
+@pytest.mark.parametrize("dtype, expected", {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items())
 def test_a_cast_is_torchs(saved, dtype, expected, tmp_path):
     whole = by_dlnb(saved["three"], tmp_path / "whole.safetensors")
     cast = {name: tensor.to(expected) if tensor.is_floating_point() else tensor for name, tensor in whole.items()}

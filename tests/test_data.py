@@ -64,8 +64,7 @@ def test_evaluation_sees_each_sample_once_in_equally_many_batches(length, ranks,
 
 def test_loaders_in_worker_processes_give_the_same_batches():
     batches = [
-        [batch.tolist() for batch in DataModule(_numbers, batch_size=4, num_workers=workers).train_dataloader()]
-        for workers in (0, 2)
+        [batch.tolist() for batch in DataModule(_numbers, batch_size=4, num_workers=workers).train_dataloader()] for workers in (0, 2)
     ]
     assert batches[0] == batches[1]
 
@@ -164,10 +163,7 @@ def test_two_ranks_train_and_measure_as_one_where_two_do_not_divide_the_splits(t
         assert record["metrics"] == pytest.approx(one_rank["metrics"], rel=1e-5)
         assert record["metrics"]["val_one"] == record["metrics"]["test_one"] == 1
         assert record["metrics"]["val_mean"] == pytest.approx(16) and record["metrics"]["test_mean"] == pytest.approx(9)
-    together = [
-        [epoch, sorted(first + second)]
-        for (epoch, first), (_, second) in zip(*(record["seen"] for record in two_ranks))
-    ]
+    together = [[epoch, sorted(first + second)] for (epoch, first), (_, second) in zip(*(record["seen"] for record in two_ranks))]
     assert together == [[epoch, sorted(batch)] for epoch, batch in one_rank["seen"]]
     predictions = [batch for record in two_ranks for batch in record["predicted"]["values"]]
     assert sorted(sum(predictions, [])) == list(range(19))

@@ -87,9 +87,7 @@ def test_an_error_after_rank_zero_has_finished_fails_the_notebook(papermill, tmp
     assert_failed(job, 3, "[rank 1] at the very end")
 
 
-@pytest.mark.parametrize(
-    "number, start", [("SIGKILL", FABRIC), ("SIGKILL", RANKS), ("SIGSEGV", RANKS), ("SIGTERM", RANKS)]
-)
+@pytest.mark.parametrize("number, start", [("SIGKILL", FABRIC), ("SIGKILL", RANKS), ("SIGSEGV", RANKS), ("SIGTERM", RANKS)])
 def test_a_killed_rank_is_told_by_its_signal(run, number, start):
     job = run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\nmeet()", start=start)
     assert_failed(job, 3, "[rank 1]", number)
@@ -129,9 +127,7 @@ def test_failure_is_known_within_15_seconds(run):
 def sleeping(papermill, tmp_path):
     "A notebook of two ranks that sleep, with a process of their own each."
     sleep = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nprint('asleep', rank, flush=True)\ntime.sleep(600)"
-    job = papermill(
-        write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2
-    )
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2)
     job.wait_for_output("asleep 0")
     job.wait_for_output("[rank 1] asleep 1")
     return job
@@ -250,9 +246,7 @@ def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_pa
 def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
     launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29518")
     fail = "if rank == 1:\n    raise ValueError('under torchrun')\nmeet()"
-    job = papermill(
-        write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, fail, "pass"), launcher=launcher, devices=2
-    )
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, fail, "pass"), launcher=launcher, devices=2)
     assert job.wait() != 0
     assert "under torchrun" in str(job.errors())
     assert job.statuses()[3:] == ["failed", "pending"]

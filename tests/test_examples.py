@@ -101,9 +101,7 @@ def test_attention_agrees_with_torchs_encoder_layer(model):
         "mlp_output.": "linear2.",
     }
     weights = {name: block.get_submodule(name[:-1]).state_dict() for name in names}
-    reference.load_state_dict(
-        {names[name] + kind: weights[name][kind] for name in names for kind in ("weight", "bias")}
-    )
+    reference.load_state_dict({names[name] + kind: weights[name][kind] for name in names for kind in ("weight", "bias")})
     stream = torch.randn(3, 16, 32)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
     torch.testing.assert_close(block(stream), reference(stream, src_mask=mask, is_causal=True))

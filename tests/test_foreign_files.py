@@ -53,7 +53,7 @@ def test_no_bad_file_takes_much_memory(tmp_path):
         if "description" not in name:  # that imports torch, which is large
             paths.append(make(name, tmp_path / str(number))[0])
     (tmp_path / "out").mkdir()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
     command = [sys.executable, "-c", PEAK, tmp_path / "out", *paths]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=100, preexec_fn=limit)
     assert done.returncode == 0, done.stderr[-2000:]

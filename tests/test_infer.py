@@ -14,10 +14,10 @@ from conftest import INFER, OPTIMIZERS
 from safetensors.torch import load_file
 from warm import warm_python
 
+from dlnb.checkpoint.weights import find_weights, inference_config
 from dlnb.config import RunConfig
 from dlnb.infer import evaluate, predict
 from dlnb.training.build import build_data, build_model
-from dlnb.checkpoint.weights import find_weights, inference_config
 
 pytestmark = pytest.mark.timeout(300)
 QUIET = {"enable_progress_bar": False}
@@ -153,14 +153,10 @@ class Mean(LightningModule):
 def test_a_data_module_of_ones_own_gives_each_sample_once_on_two_ranks(launch, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     torch.save({"state_dict": {"scale": torch.tensor([2.0])}}, tmp_path / "mean.ckpt")
-    task = dict(
-        model=f"{tmp_path / 'own.py'}:Mean", data=f"{tmp_path / 'own.py'}:Numbers", run=str(tmp_path / "mean.ckpt")
-    )
+    task = dict(model=f"{tmp_path / 'own.py'}:Mean", data=f"{tmp_path / 'own.py'}:Numbers", run=str(tmp_path / "mean.ckpt"))
     for split in ("test", "predict"):
         _, folder = launch(INFER, None, **task, accelerator="cpu", devices=2, split=split, root=str(tmp_path))
-        assert pandas.read_parquet(folder / "predictions.parquet")["prediction"].tolist() == [
-            2.0 * n for n in range(11)
-        ]
+        assert pandas.read_parquet(folder / "predictions.parquet")["prediction"].tolist() == [2.0 * n for n in range(11)]
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics == ({"mean": 10.0, "samples": 11} if split == "test" else {"samples": 11})
 
@@ -178,20 +174,13 @@ for strategy in ("deepspeed_stage_3", "ddp"):
 """
 
 
-@pytest.mark.parametrize(
-    "launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]], ids=["Lightning", "torchrun"]
-)
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]], ids=["Lightning", "torchrun"])
 def test_ranks_train_and_test_again_and_again_though_the_group_ends_with_each_training(launcher, tmp_path):
     (tmp_path / "again.py").write_text(AGAIN)
-    done = subprocess.run(
-        [warm_python(), *launcher, "again.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([warm_python(), *launcher, "again.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(path.read_text()) for path in tmp_path.rglob("run.json")]
-    assert (
-        sorted((record["mode"], record["status"]) for record in records)
-        == [("test", "finished")] * 2 + [("train", "finished")] * 2
-    )
+    assert sorted((record["mode"], record["status"]) for record in records) == [("test", "finished")] * 2 + [("train", "finished")] * 2
 
 
 WRONG = {

@@ -18,11 +18,11 @@ import pytest
 from conftest import TRAIN as WORKFLOW
 
 from dlnb.config import RunConfig
+from dlnb.infer import evaluate
 from dlnb.system.heartbeat import touching
 from dlnb.system.lock import LOCK, Watch, find_holder, hold, open_lock
 from dlnb.system.processes import Process, began_at, machine
 from dlnb.track import RunRecord, runs
-from dlnb.infer import evaluate
 from dlnb.trainer import fit
 from dlnb.training.start import find_run
 
@@ -32,9 +32,7 @@ TASK |= dict(accelerator="cpu", devices=1, batch_size=64, trainer_args={"enable_
 
 HOST = ("unshare", "--uts", "sh", "-c", 'hostname node7 && exec "$0" "$@"')  # another host name, the same files
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")  # other process numbers, the same files
-isolated = pytest.mark.skipif(
-    subprocess.run([*CONTAINER[:-1], "true"], capture_output=True).returncode != 0, reason="namespaces need root"
-)
+isolated = pytest.mark.skipif(subprocess.run([*CONTAINER[:-1], "true"], capture_output=True).returncode != 0, reason="namespaces need root")
 
 
 @contextmanager

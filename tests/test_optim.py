@@ -17,7 +17,6 @@ from torch import nn
 from dlnb import optim
 from dlnb.optimizers import compiled
 
-
 # ---- every optimizer of the factory takes AdamW's steps
 
 

@@ -13,10 +13,10 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, TRAIN
 
+from dlnb.checkpoint.weights import INFERENCE
 from dlnb.config import RunConfig
 from dlnb.launch.parameters import parameter_names
 from dlnb.search.study import StudyConfig
-from dlnb.checkpoint.weights import INFERENCE
 
 CHAPTERS = sorted((REPOSITORY / "nbs").rglob("[0-9]*.ipynb"))
 NOTEBOOKS = sorted(path for path in (REPOSITORY / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -176,9 +176,7 @@ def test_the_defaults_of_a_workflow_are_those_of_the_settings(name):
         assert name in chosen or defaults.get(name, field.default) == field.default, name
 
 
-@pytest.mark.parametrize(
-    "module, heavy", [("dlnb", ("torch", "lightning", "papermill")), ("dlnb.engine", ("torch", "lightning"))]
-)
+@pytest.mark.parametrize("module, heavy", [("dlnb", ("torch", "lightning", "papermill")), ("dlnb.engine", ("torch", "lightning"))])
 def test_importing_is_light(module, heavy, tmp_path):
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"

@@ -15,16 +15,16 @@ from dlnb.checkpoint.manifest import read_manifest
 from dlnb.config import RunConfig
 from dlnb.data import DataModule
 from dlnb.examples import Digits
-from dlnb.tracking.sources import changed, source_hashes
-from dlnb.tracking.environment import package_versions
-from dlnb.track import RunRecord
 from dlnb.infer import evaluate
+from dlnb.track import RunRecord
+from dlnb.tracking.environment import package_versions
+from dlnb.tracking.sources import changed, source_hashes
 from dlnb.trainer import fit
 from dlnb.training.build import build_data, build_model
 
 pytestmark = pytest.mark.timeout(200)
 
-NET = '''
+NET = """
 import os
 
 import torch
@@ -55,9 +55,9 @@ class Net(LightningModule):
 
     def test_step(self, batch, batch_idx):
         self.log("test_loss", self.layers(batch).square().mean())
-'''
+"""
 HELPERS = "def scale(x):\n    return 3 * x\n"
-DATA = '''
+DATA = """
 import os
 
 import torch
@@ -73,7 +73,7 @@ class Points(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.points[index]
-'''
+"""
 numbers = itertools.count()
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlnb.tracking.query import mask
 from dlnb.track import RunRecord, best, prune, runs
+from dlnb.tracking.query import mask
 
 TABLE = pandas.DataFrame(
     {
@@ -34,7 +34,7 @@ CODE = {  # name: (where, what the error says)
     "a pickle": ("run.to_pickle('{mark}') == 1", "is a call"),
     "an import": ("__import__('os').system('touch {mark}') == 0", "is a call"),
     "open": ("open('{mark}', 'w') == 1", "is a call"),
-    "eval": ("eval('open(\"{mark}\", \"w\")') == 1", "is a call"),
+    "eval": ('eval(\'open("{mark}", "w")\') == 1', "is a call"),
     "a class's ways": ("().__class__.__base__.__subclasses__() == 1", "is a call"),
     "a class": ("lr.__class__ == 1", "'lr.__class__' is not known"),
     "an attribute of a number": ("(1).real == lr", "is not allowed"),
@@ -161,7 +161,6 @@ SELECTED = {  # where: the rows
     "'deepspeed' in strategy": "c",
     "'deepspeed' not in strategy": "ab",
     "run == '`lr`'": "",
-
     "started > '2026-11-20'": "bc",
     "started == '2026-11-22T01:00+01:00'": "b",
     "started in ['2026-11-20', '2026-11-24']": "ac",
@@ -252,9 +251,11 @@ def comparisons(draw):
     name, sign = draw(st.sampled_from([*COLUMNS])), draw(st.sampled_from([*TRUTHS, "in", "not in"]))
     if sign in ("in", "not in"):
         items = draw(st.lists(LITERALS, max_size=4))
+
         def is_in(row):
             found = any(truth("==", row[name], item) for item in items) or (row[name] is None and None in items)
             return found if sign == "in" else not found and row[name] is not None
+
         return f"{COLUMNS[name]} {sign} {items!r}", is_in
     if draw(st.booleans()):
         other = draw(st.sampled_from([*COLUMNS]))

@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file
 from warm import warm_python
 
-from dlnb.formats.optimizer_states import read_optimizer_states
 from dlnb.formats.elements import read_elements
+from dlnb.formats.optimizer_states import read_optimizer_states
 
 TRACED = REPOSITORY / "tests" / "traced.py"
 STOPPED_AT = 55  # the last checkpoint before step 58, in the middle of the second of three epochs of 39 steps
@@ -83,7 +83,9 @@ ALL += [("ddp", 2, of, 2) for of in (*ZERO, "deepspeed_stage_3_offload")] + [(of
 ALL += [("deepspeed_stage_2", 2, "deepspeed_stage_3", 1), ("ddp", 1, "deepspeed_stage_3", 2)]
 
 
-@pytest.mark.parametrize("strategy, ranks, then, ranks_then", [*SOME, *(pytest.param(*case, marks=pytest.mark.soak) for case in ALL if case not in SOME)])
+@pytest.mark.parametrize(
+    "strategy, ranks, then, ranks_then", [*SOME, *(pytest.param(*case, marks=pytest.mark.soak) for case in ALL if case not in SOME)]
+)
 def test_a_training_goes_on_with_other_ranks_and_under_another_strategy(whole, stopped, tmp_path, strategy, ranks, then, ranks_then):
     origin, saved = stopped(strategy, ranks), tmp_path / "start.ckpt"
     again = Training(tmp_path / "again", then, ranks_then, {"SAVE_START": str(saved)}, resume=str(origin.folder))

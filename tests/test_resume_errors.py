@@ -139,7 +139,11 @@ BAD = {
     "another width": (last, {"model_args": {"width": 9}}, "of another shape"),
     "another depth": (last, {"model_args": {"width": 8, "depth": 3}}, "missing: layers."),
     "another model": (last, {"model": "dlnb.examples:ByteGPT", "model_args": {}}, "not in the model: layers."),
-    "a batch that does not divide": (last, {"batch_size": 48}, "these numbers of ranks do: none. With 1 rank(s) these batch sizes do: 1, 2, 4, 8"),
+    "a batch that does not divide": (
+        last,
+        {"batch_size": 48},
+        "these numbers of ranks do: none. With 1 rank(s) these batch sizes do: 1, 2, 4, 8",
+    ),
     "no more epochs": (last, {"max_epochs": 2}, "ask for no more. Raise them."),
     "no more steps": (last, {"max_steps": 5}, "ask for no more. Raise them."),
 }

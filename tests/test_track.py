@@ -13,8 +13,8 @@ import pytest
 from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
-from dlnb.tracking.catalogue import read_records
 from dlnb.track import RunRecord, best, compare, plot_runs, prune, runs
+from dlnb.tracking.catalogue import read_records
 from dlnb.trainer import fit
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})

@@ -19,10 +19,10 @@ from test_reshape import Training
 from torch.distributed.checkpoint import FileSystemReader
 
 from dlnb.checkpoint.manifest import KEY, Manifest, check_files, is_own, read_manifest
+from dlnb.checkpoint.plain_values import plain_values_only
 from dlnb.checkpoint.search import UNFINISHED, examine
 from dlnb.checkpoint.writer import Write, Writer
 from dlnb.config import RunConfig
-from dlnb.checkpoint.plain_values import plain_values_only
 from dlnb.trainer import fit
 
 pytestmark = pytest.mark.timeout(400)
@@ -135,7 +135,16 @@ def relist(folder: Path) -> None:
 
 
 TAMPERING = {"file": [flip_file, flip_mark, append, add_member, add_member_and_mark]}
-TAMPERING["folder"] = [flip_shard, swap_shard, swap_manifest, add_file, name_another_tag, link_shard, change_manifest, list_what_was_changed]
+TAMPERING["folder"] = [
+    flip_shard,
+    swap_shard,
+    swap_manifest,
+    add_file,
+    name_another_tag,
+    link_shard,
+    change_manifest,
+    list_what_was_changed,
+]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -309,9 +318,21 @@ def test_the_description_of_a_distributed_checkpoint_runs_nothing(tmp_path):
 
 
 FORBIDDEN = dict(model="theirs.py:Net", data="theirs.py:Data", root="/tmp", resume="theirs.ckpt", name="theirs", best_params="x.json")
-FORBIDDEN |= dict(tags=["x"], wandb="online", logger="tensorboard", devices=64, num_nodes=2, accelerator="tpu", monitor="x", monitor_mode="max")
+FORBIDDEN |= dict(
+    tags=["x"], wandb="online", logger="tensorboard", devices=64, num_nodes=2, accelerator="tpu", monitor="x", monitor_mode="max"
+)
 FORBIDDEN |= dict(model_args={"width": 9}, data_args={}, trainer_args={}, strategy_args={}, save_every_n_steps=1, log_every_n_steps=1)
-FORBIDDEN |= {"model.x": 1, "root.x": 1, "resume.": "x", "strategy_args.config": "x.json", "model_args.": 1, "model_args.a.b": 1, "": 1, ".": 1, "lr.x": 1}
+FORBIDDEN |= {
+    "model.x": 1,
+    "root.x": 1,
+    "resume.": "x",
+    "strategy_args.config": "x.json",
+    "model_args.": 1,
+    "model_args.a.b": 1,
+    "": 1,
+    ".": 1,
+    "lr.x": 1,
+}
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

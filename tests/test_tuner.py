@@ -22,13 +22,13 @@ from wandb_files import wandb_runs
 from warm import warm_python
 
 from dlnb.config import RunConfig
-from dlnb.track import RunRecord, runs
-from dlnb.search.trial import run_trial
-from dlnb.search.trial_ranks import Outcome
 from dlnb.search.results import trials_table
-from dlnb.search.worker import TuningError
 from dlnb.search.storage import open_storage
 from dlnb.search.study import StudyConfig
+from dlnb.search.trial import run_trial
+from dlnb.search.trial_ranks import Outcome
+from dlnb.search.worker import TuningError
+from dlnb.track import RunRecord, runs
 from dlnb.tuner import tune
 
 TUNED = Path(__file__).with_name("tuned.py")
@@ -190,7 +190,9 @@ def test_the_best_parameters_train_and_say_where_they_come_from(search, launch, 
     folder = next((tmp_path / "runs").rglob("best_params.json")).parent
     best = json.loads((folder / "best_params.json").read_text())
     assert best["value"] == study.best_value and best["trial"] == study.best_trial.number and best["study"] == study.study_name
-    notebook, run = launch(TRAIN, None, **SETTINGS | {"max_epochs": 1}, root=str(tmp_path / "runs"), best_params=str(folder / "best_params.json"))
+    notebook, run = launch(
+        TRAIN, None, **SETTINGS | {"max_epochs": 1}, root=str(tmp_path / "runs"), best_params=str(folder / "best_params.json")
+    )
     record = RunRecord.read(run)
     assert record.settings["lr"] == best["params"]["lr"] and record.settings["best_params"] == str(folder / "best_params.json")
     table = runs(tmp_path / "runs").set_index("mode")
@@ -212,7 +214,14 @@ def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, t
 
 def test_the_notebook_shows_the_trials_and_pictures_and_lies_in_the_study_s_folder(launch, tmp_path):
     notebook, folder = launch(
-        TUNE, tmp_path / "out.ipynb", accelerator="cpu", devices=2, max_epochs=3, n_trials=4, devices_per_trial=1, root=str(tmp_path / "runs")
+        TUNE,
+        tmp_path / "out.ipynb",
+        accelerator="cpu",
+        devices=2,
+        max_epochs=3,
+        n_trials=4,
+        devices_per_trial=1,
+        root=str(tmp_path / "runs"),
     )
     assert (folder / "best_params.json").exists() and (folder / "tune.ipynb").exists()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -361,7 +370,7 @@ def postgres(tmp_path_factory):
             (tempfile.gettempdir() / path).chmod(0o755)
         shutil.chown(folder, "postgres")
     bin_folder, port = programs[-1].parent, 20000 + os.getpid() % 20000
-    run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, capture_output=True, text=True, timeout=60)  # noqa: E731
+    run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, capture_output=True, text=True, timeout=60)
     run(bin_folder / "initdb", "-D", folder / "data", "-A", "trust", "-U", "tuner")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
     run(bin_folder / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start")

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import psutil
+
 from dlnb.examples import DigitsNet
+
 
 class TunedNet(DigitsNet):
     "Writes down its process, its rank, its settings and its cores, and fails as `fault` says, on the rank that it names or on all."

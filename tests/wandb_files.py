@@ -52,7 +52,14 @@ def wandb_runs(root: Path) -> list[dict]:
         steps = [int(item.value_json) for row in rows for item in row if "trainer/global_step" in (item.key, *item.nested_key)]
         updates = [run.config, *(record.config for record in records if record.HasField("config"))]
         config = {item.key or item.nested_key[0]: json.loads(item.value_json) for update in updates for item in update.update}
-        found.append(dict(run=run, steps=steps, config=config, exits=[r.exit.exit_code for r in records if r.HasField("exit")],
-                          alerts=[r.alert.title for r in records if r.HasField("alert")],
-                          files=[entry.ref for r in records if r.HasField("artifact") for entry in r.artifact.manifest.contents]))
+        found.append(
+            dict(
+                run=run,
+                steps=steps,
+                config=config,
+                exits=[r.exit.exit_code for r in records if r.HasField("exit")],
+                alerts=[r.alert.title for r in records if r.HasField("alert")],
+                files=[entry.ref for r in records if r.HasField("artifact") for entry in r.artifact.manifest.contents],
+            )
+        )
     return found

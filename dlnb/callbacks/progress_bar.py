@@ -94,9 +94,7 @@ class NotebookProgressBar(ProgressBar):
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         metrics.pop("v_num", None)
         words = [f"epoch {epoch}/{trainer.max_epochs}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
-        words += [
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
-        ]
+        words += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()]
         return " · ".join(words)
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #d433a739

@@ -41,9 +41,7 @@ def writes_one_file(
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.strategies import Strategy
 
-    return (
-        type(strategy).save_checkpoint is Strategy.save_checkpoint and type(strategy.checkpoint_io) is TorchCheckpointIO
-    )
+    return type(strategy).save_checkpoint is Strategy.save_checkpoint and type(strategy.checkpoint_io) is TorchCheckpointIO
 
 
 @contextmanager

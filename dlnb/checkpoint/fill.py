@@ -49,9 +49,7 @@ def fill_states(
     known = set.intersection(*(set(values) for values in states.values()))
     for key, tensor in tensors.items():
         if found := [slot for slot in slots if id(slot.tensor) == key and slot.name in known]:
-            optimizer.state[tensor] = {
-                name: _state(kept[name], values, tensor, found) for name, values in states.items()
-            }
+            optimizer.state[tensor] = {name: _state(kept[name], values, tensor, found) for name, values in states.items()}
 
 
 def listing(names: Iterable[str]) -> str:

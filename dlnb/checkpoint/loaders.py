@@ -53,9 +53,7 @@ class Start(NamedTuple):
     "Where in an epoch to begin."
 
     skip: int = 0  # batches
-    begun: dict[str, Any] | None = (
-        None  # the generators' states when the epoch began; None for an order that is computed
-    )
+    begun: dict[str, Any] | None = None  # the generators' states when the epoch began; None for an order that is computed
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #706e814f
 class ResumableBatches(BatchSampler):
@@ -142,11 +140,7 @@ def resumable(
 ) -> Any:
     "The same loader, able to begin in the middle; one of a class of its own, or of an iterable dataset, as it is."
     batches = getattr(loader, "batch_sampler", None)
-    if (
-        type(loader) is not DataLoader
-        or not isinstance(batches, BatchSampler)
-        or isinstance(loader.dataset, IterableDataset)
-    ):
+    if type(loader) is not DataLoader or not isinstance(batches, BatchSampler) or isinstance(loader.dataset, IterableDataset):
         return loader
     sampler = ResumableBatches(batches, where, start)
     return remade(loader, ResumableLoader, _SeededDataset(loader.dataset), batch_sampler=sampler)

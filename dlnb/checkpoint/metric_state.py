@@ -89,10 +89,7 @@ def own_buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
     buffers = {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in state}
     if trainer.world_size == 1 or not buffers:
         return {}
-    sums = {
-        name: zlib.crc32(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        for name, buffer in buffers.items()
-    }
+    sums = {name: zlib.crc32(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()) for name, buffer in buffers.items()}
     ranks = [sums] * trainer.world_size
     distributed.all_gather_object(ranks, sums)
     return {name: buffer for name, buffer in buffers.items() if len({sums[name] for sums in ranks}) > 1}

@@ -36,9 +36,7 @@ def find_slots(
     if hasattr(optimizer, "round_robin_bit16_offsets"):
         return list(_slots_of_stage_1_and_2(optimizer, names))
     if zero_stage(trainer.strategy):
-        raise NotImplementedError(
-            f"{type(optimizer).__name__} of DeepSpeed cannot take a checkpoint of another strategy."
-        )
+        raise NotImplementedError(f"{type(optimizer).__name__} of DeepSpeed cannot take a checkpoint of another strategy.")
     groups = base_optimizer(optimizer).param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     return [Slot(names[id(parameter)], parameter, 0, 0, parameter.numel()) for parameter in parameters]

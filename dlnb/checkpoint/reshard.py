@@ -38,9 +38,7 @@ class SavedTraining:
     ):
         self.path, self.layout = path, read_layout(path)
         if self.layout.distributed:
-            raise ValueError(
-                f"{path} was saved under FSDP. Only FSDP itself can go on from it; infer takes its weights."
-            )
+            raise ValueError(f"{path} was saved under FSDP. Only FSDP itself can go on from it; infer takes its weights.")
         file = path if path.is_file() else model_states_file(path)
         self.content = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
         if "loops" not in self.content:
@@ -109,16 +107,12 @@ def load_cut_model(
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
     cut = hasattr(optimizer, "grad_position")
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-        raise NotImplementedError(
-            f"{saved.path}: offload to NVMe takes only checkpoints of its own. Offload to the CPU takes it."
-        )
+        raise NotImplementedError(f"{saved.path}: offload to NVMe takes only checkpoints of its own. Offload to the CPU takes it.")
     parameters = dict(module.named_parameters())
     others = {name: value for name, value in saved.content["state_dict"].items() if name not in parameters}
     if cut:
         optimizer.checkpoint_event_prologue()
-    module.load_state_dict(
-        {name: value for name, value in others.items() if name not in saved.layout.tied}, strict=False
-    )
+    module.load_state_dict({name: value for name, value in others.items() if name not in saved.layout.tied}, strict=False)
     for name, parameter in parameters.items():
         _load_parameter(parameter, saved.weight(name))
     slots = find_slots(trainer)

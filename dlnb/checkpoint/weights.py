@@ -31,18 +31,14 @@ def find_weights(
     "Raises `ValueError` where there is nothing of these kinds."
     path = Path(run)
     if not str(run) or not path.exists():
-        raise ValueError(
-            f"run={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, or a .safetensors file."
-        )
+        raise ValueError(f"run={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, or a .safetensors file.")
     around = [path, *path.absolute().parents[:2]]
     folder = next((place for place in around if (place / "run.json").is_file()), None)
     if folder is None:
         return Source(path, None)
     record = RunRecord.read(folder)
     if record.mode != "train":
-        raise ValueError(
-            f"run={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}"
-        )
+        raise ValueError(f"run={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}")
     return Source(_weights_of_run(record) if folder == path else path, record)
 
 
@@ -75,9 +71,7 @@ def inference_config(
         if part in given and given[part] != kept.get(part):
             kept.pop(f"{part}_args", None)  # another class's
         if part not in given | kept:
-            raise ValueError(
-                f"run={str(run)!r} has no run.json to tell its {part}. Give {part}, and {part}_args if it has any."
-            )
+            raise ValueError(f"run={str(run)!r} has no run.json to tell its {part}. Give {part}, and {part}_args if it has any.")
     config = RunConfig(**kept | given, resume=str(source.weights))
     if config.strategy.startswith(("deepspeed", "fsdp")):
         raise ValueError(
@@ -118,9 +112,7 @@ def check_weights(
     }
     if any(faults.values()):
         what = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items() if names)
-        raise ValueError(
-            f"{source} does not fit {type(model).__name__}: {what}. Give the model and model_args that it is of."
-        )
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {what}. Give the model and model_args that it is of.")
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #07fb8874
 def load_weights(

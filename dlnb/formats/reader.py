@@ -42,8 +42,7 @@ def checkpoint_of_run(folder: Path) -> Path:
 
 # %% ../../nbs/formats/08_reader.ipynb #af9792b3
 def read_layout(
-    checkpoint: str
-    | Path,  # a ZeRO or FSDP folder, a .ckpt, .pt, .safetensors or .safetensors.index.json, or a run's folder
+    checkpoint: str | Path,  # a ZeRO or FSDP folder, a .ckpt, .pt, .safetensors or .safetensors.index.json, or a run's folder
 ) -> Layout:
     """Find the weights of a checkpoint, without loading them and without running anything that its pickles name.
 

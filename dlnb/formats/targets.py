@@ -19,9 +19,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise FileExistsError(
-            errno.EEXIST, "It is there already, and overwrite=True (--overwrite) was not given", str(path)
-        )
+        raise FileExistsError(errno.EEXIST, "It is there already, and overwrite=True (--overwrite) was not given", str(path))
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "It is there, and no file that could be replaced", str(path))
 
@@ -44,6 +42,5 @@ def check_no_source(sources: Iterable[Path], targets: Iterable[Path]) -> None:
         for source in sources:
             if target.exists() and source.exists() and target.samefile(source):
                 raise ValueError(
-                    f"{target} is a file of the checkpoint itself ({source}), and nothing else has these weights. Give "
-                    "another out."
+                    f"{target} is a file of the checkpoint itself ({source}), and nothing else has these weights. Give another out."
                 )

@@ -43,9 +43,7 @@ class StoredTensor:
         "Its elements from `start` up to `stop`. Raises `ValueError` where it is not contiguous, or its file lacks them."
         stop = self.size if stop is None else stop
         if not (self.is_contiguous and 0 <= start <= stop <= self.size):
-            raise ValueError(
-                f"{self.archive.path}: elements {start} to {stop} of a tensor of {self.size} are not together."
-            )
+            raise ValueError(f"{self.archive.path}: elements {start} to {stop} of a tensor of {self.size} are not together.")
         return self._bytes(start, stop)
 
     @property
@@ -60,9 +58,7 @@ class StoredTensor:
     def check_dtype(self) -> None:
         "Raise `ValueError` for a dtype that safetensors does not have."
         if self.dtype not in ITEM_SIZES:
-            raise ValueError(
-                f"{self.archive.path}: a tensor of {self.dtype}; safetensors knows {', '.join(ITEM_SIZES)}."
-            )
+            raise ValueError(f"{self.archive.path}: a tensor of {self.dtype}; safetensors knows {', '.join(ITEM_SIZES)}.")
 
     def _bytes(self, start: int, stop: int) -> Piece:
         self.check_dtype()

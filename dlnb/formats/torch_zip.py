@@ -59,9 +59,7 @@ class Members:
             raise self._damage(error) from error
 
     def _damage(self, error: Exception) -> ValueError:
-        return ValueError(
-            f"{self.path} is cut off, damaged, or no file of torch.save (torch 1.6 or newer): {shown(str(error))}."
-        )
+        return ValueError(f"{self.path} is cut off, damaged, or no file of torch.save (torch 1.6 or newer): {shown(str(error))}.")
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #243fab63
 class StoredMembers(Members):

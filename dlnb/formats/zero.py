@@ -37,9 +37,7 @@ def _shards(folder: Path, pattern: re.Pattern) -> list[Path]:
     for path in folder.glob("*_states.pt"):
         for prefix, kind in _OTHERS.items():
             if path.name.startswith(prefix):
-                raise ValueError(
-                    f"{path}: a {kind} checkpoint. Only data-parallel ones, ZeRO 0 to 3, can be consolidated."
-                )
+                raise ValueError(f"{path}: a {kind} checkpoint. Only data-parallel ones, ZeRO 0 to 3, can be consolidated.")
         if match := pattern.fullmatch(path.name):
             if int(match[2]):
                 raise ValueError(f"{path}: a tensor-parallel checkpoint. Only data-parallel ones can be consolidated.")
@@ -54,9 +52,7 @@ def _check_ranks(folder: Path, paths: Sequence[Path], world_size: int, pattern: 
         raise ValueError(f"{folder} was saved by {shown(world_size)} ranks, as its shards say, which cannot be.")
     if (missing := next(rank for rank in count() if rank not in ranks)) < world_size:
         name = re.sub(r"pp_rank_\d+", f"pp_rank_{missing}", paths[0].name)
-        raise ValueError(
-            f"{folder}: {name} is missing; {world_size} ranks saved, and {len(ranks)} of their files are here."
-        )
+        raise ValueError(f"{folder}: {name} is missing; {world_size} ranks saved, and {len(ranks)} of their files are here.")
     if extra := [path for path, rank in zip(paths, ranks) if rank >= world_size]:
         raise ValueError(f"{extra[0]} is left from another save: only {world_size} ranks made this checkpoint.")
 
@@ -177,9 +173,7 @@ def _cut_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> di
     expected = sum(_share(shape, len(vectors)) for shape in shapes.values())
     for rank, vector in enumerate(vectors):
         if vector.size != expected:
-            raise ValueError(
-                f"{folder}: the shard of rank {rank} holds {vector.size} elements, and should hold {expected}."
-            )
+            raise ValueError(f"{folder}: the shard of rank {rank} holds {vector.size} elements, and should hold {expected}.")
     weights, offset = {}, 0
     for name, shape in shapes.items():
         weights[name] = _cut_weight(vectors, offset, shape)
@@ -288,9 +282,7 @@ def _assemble(folder: Path) -> Layout:
     weights |= _frozen_weights(models) if cut else {}
     tied = _tied_names(models[0], weights)
     stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not cut)
-    _warn_of_unsaved(
-        folder, models[0]["module"].keys() - weights.keys() - tied.keys() - stored.weights.keys() - stored.tied.keys()
-    )
+    _warn_of_unsaved(folder, models[0]["module"].keys() - weights.keys() - tied.keys() - stored.weights.keys() - stored.tied.keys())
     return Layout(weights | stored.weights, tied | stored.tied, models[0])
 
 # %% ../../nbs/formats/06_zero.ipynb #de51961a

@@ -117,6 +117,4 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
         failure = find_failure(folder)
         if failure and failure.ename == "Preempted":
             sys.exit(TEMPORARY_FAILURE)
-        raise RankError(
-            "\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])])
-        )
+        raise RankError("\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])]))

@@ -52,9 +52,7 @@ class KernelClient(PapermillNotebookClient):
         folder: Path,  # the job folder
         **kwargs,  # for papermill's client
     ):
-        super().__init__(
-            nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs
-        )
+        super().__init__(nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs)
         self.folder = folder
         self.extra_arguments = [*self.extra_arguments, f"--IPKernelApp.exec_lines={FIRST_LINE}"]
         self.messages = 0  # that the kernel has sent
@@ -65,9 +63,7 @@ class KernelClient(PapermillNotebookClient):
         reply = self.wait_for_reply(self.kc.execute(PROLOGUE.format(script=str(self.folder / "rank.py")), silent=True))
         if reply["content"]["status"] == "error":
             reason = f"{reply['content']['ename']}: {reply['content']['evalue']}"
-            raise RuntimeError(
-                f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs."
-            )
+            raise RuntimeError(f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs.")
 
     def start_new_kernel_client(self):
         "Connect with the kernel, such that no output is dropped because many others wait to be read."

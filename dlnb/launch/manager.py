@@ -111,8 +111,6 @@ def write_failure(
     outputs = manager.nb.cells[failed].outputs
     node = f" on {failure.host}" if failure.host else ""
     traceback = [f"Rank {failure.rank} failed here{node}.", *(failure.traceback or [f"{failure.ename}: {failure.evalue}"])]
-    error = new_output(
-        "error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback
-    )
+    error = new_output("error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback)
     outputs.insert(next((i for i, output in enumerate(outputs) if output.output_type == "error"), len(outputs)), error)
     manager.fail(min(failed, index))

@@ -127,7 +127,7 @@ class RankClient(WatchedClient):
         "Find out which rank failed first, and write it into the notebook."
         ended, cell = time.time() if isinstance(error, CellExecutionError) else self.seen_alive, self.nb.cells[index]
         time.sleep(INTERVAL)  # a rank that failed just before may still be writing
-        look = lambda: self.is_over(index, last=True)  # noqa: E731
+        look = lambda: self.is_over(index, last=True)
         look()
         own = Rank(0, self.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
         self.preempted = "Preempted" in (own.ename, self.ranks.failure and self.ranks.failure.ename)

@@ -19,14 +19,10 @@ def keep_shown_widgets(
     "Clear a notebook of widgets that are closed."
     shown: list[str] = []
     for cell in notebook.cells:
-        views = {
-            id(output): output.get("data", {}).get(WIDGET, {}).get("model_id") for output in cell.get("outputs", [])
-        }
+        views = {id(output): output.get("data", {}).get(WIDGET, {}).get("model_id") for output in cell.get("outputs", [])}
         shown += [model for model in views.values() if model in state]
         if cell.cell_type == "code":
-            cell.outputs = [
-                output for output in cell.outputs if views[id(output)] is None or views[id(output)] in state
-            ]
+            cell.outputs = [output for output in cell.outputs if views[id(output)] is None or views[id(output)] in state]
     kept: dict[str, dict] = {}
     while shown:
         model = shown.pop()

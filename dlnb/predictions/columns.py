@@ -94,9 +94,7 @@ def _array(
         kind = f"{value.dtype} values" if isinstance(value, np.ndarray) else "a list"
         raise ValueError(f"predict_step returned {kind} as {name!r}, which no column can hold: {error}") from error
     if not pa.types.is_primitive(innermost(column.type)[0]) and not pa.types.is_string(column.type):
-        raise ValueError(
-            f"predict_step returned {name!r} of type {column.type}. Return numbers of a fixed shape, or one text, a sample."
-        )
+        raise ValueError(f"predict_step returned {name!r} of type {column.type}. Return numbers of a fixed shape, or one text, a sample.")
     return column
 
 # %% ../../nbs/predictions/01_columns.ipynb #5daeceeb

@@ -31,23 +31,17 @@ def distribution(
     field = f"search_space[{name!r}]"
     if isinstance(what, list | tuple):
         if not what or not all(isinstance(choice, Scalar) for choice in what):
-            raise ValueError(
-                f"{field}={what!r} must have one choice or more, each a number, a text, a truth value or None."
-            )
+            raise ValueError(f"{field}={what!r} must have one choice or more, each a number, a text, a truth value or None.")
         return CategoricalDistribution(what)
     if not isinstance(what, Mapping):
-        raise ValueError(
-            f"{field}={what!r} must be a list of choices, or {{'low': ..., 'high': ...}} with 'log' or 'step'."
-        )
+        raise ValueError(f"{field}={what!r} must be a list of choices, or {{'low': ..., 'high': ...}} with 'log' or 'step'.")
     for key in what:
         if key not in ("low", "high", "log", "step"):
             raise ValueError(f"{field}: {unknown('key', key, ('low', 'high', 'log', 'step'))}")
     if missing := [key for key in ("low", "high") if key not in what]:
         raise ValueError(f"{field}={dict(what)!r} needs {' and '.join(missing)}.")
     numbers = [what[key] for key in ("low", "high", "step") if what.get(key) is not None]
-    if not all(
-        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers
-    ):
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) for number in numbers):
         raise ValueError(f"{field}={dict(what)!r}: low, high and step must be finite numbers.")
     kind = IntDistribution if all(isinstance(number, int) for number in numbers) else FloatDistribution
     try:

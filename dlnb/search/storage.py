@@ -71,9 +71,7 @@ def open_storage(
         if str(path) == ":memory:":
             raise ValueError(f"storage={storage!r} would be lost with this process. {remedy}")
         if (kind := filesystem(path.parent)).startswith(NETWORK):
-            raise ValueError(
-                f"storage={storage!r} is on a network filesystem ({kind}), where SQLite's locks fail. {remedy}"
-            )
+            raise ValueError(f"storage={storage!r} is on a network filesystem ({kind}), where SQLite's locks fail. {remedy}")
     try:
         return _open_database(storage)
     except ImportError as error:

@@ -29,9 +29,7 @@ def _named(kind: str, module: Any) -> dict[str, type]:
 SAMPLERS, PRUNERS = _named("Sampler", optuna.samplers), _named("Pruner", optuna.pruners)
 
 # %% ../../nbs/search/01_study.ipynb #60423d8d
-def _build(
-    kind: str, classes: dict[str, type], name: str, arguments: Mapping[str, Any], known: Mapping[str, Any]
-) -> Any:
+def _build(kind: str, classes: dict[str, type], name: str, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
     "One of Optuna's objects, with what the search knows where it takes that. Raises `ValueError`."
     if name not in classes:
         raise ValueError(unknown(kind, name, classes))
@@ -86,9 +84,7 @@ class StudyConfig(BaseModel):
         if isinstance(space, dict) and all(isinstance(what, CategoricalDistribution) for what in space.values()):
             choices = {"search_space": {name: list(what.choices) for name, what in space.items()}}
         arguments = dict(self.sampler_args)
-        if (
-            seed := arguments.pop("seed", seed)
-        ) is not None and self.sampler != "QMCSampler":  # that one counts trials itself
+        if (seed := arguments.pop("seed", seed)) is not None and self.sampler != "QMCSampler":  # that one counts trials itself
             seed += number
         known = {"seed": seed, "constant_liar": side_by_side} | choices
         return _build("sampler", SAMPLERS, self.sampler, arguments, known)

@@ -107,6 +107,4 @@ class Worker:
     def _count_failure(self, number: int, outcome: Outcome) -> None:
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= self.plan.study.max_failures:
-            raise TuningError(
-                f"{self.failed_in_a_row} trials failed one after the other; the last, trial {number}: {outcome.error}"
-            )
+            raise TuningError(f"{self.failed_in_a_row} trials failed one after the other; the last, trial {number}: {outcome.error}")

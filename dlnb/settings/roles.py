@@ -26,9 +26,7 @@ class Role:
 class Settings(BaseModel):
     "Frozen settings whose fields have roles."
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -38,9 +38,7 @@ def read_dictionary(value: Any) -> Any:
         raise ValueError(f"{value!r} must be a dictionary, or its JSON or YAML text.")
     for name, item in value.items():
         if not isinstance(name, str) or not is_json(item):
-            raise ValueError(
-                f"{name}={item!r} must be of numbers, text, lists and dictionaries, so that run.json can hold it."
-            )
+            raise ValueError(f"{name}={item!r} must be of numbers, text, lists and dictionaries, so that run.json can hold it.")
     return dict(value)
 
 

@@ -37,9 +37,7 @@ def check_root(root: str) -> str:
         raise ValueError(f"root={root!r}: {error}") from error
     parts = [os.fsencode(part) for part in place.parts]
     if len(os.fsencode(place.absolute())) > LONGEST_ROOT or any(len(part) > LONGEST_NAME for part in parts):
-        raise ValueError(
-            f"root={root[:40]!r}... is too long: {LONGEST_ROOT} bytes at most, and {LONGEST_NAME} for each folder's name."
-        )
+        raise ValueError(f"root={root[:40]!r}... is too long: {LONGEST_ROOT} bytes at most, and {LONGEST_NAME} for each folder's name.")
     there = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
     if not root.strip() or not there.is_dir():
         raise ValueError(f"root={root!r} must be a folder, or the name of a new one, and {str(there)!r} is no folder.")

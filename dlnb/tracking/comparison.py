@@ -47,9 +47,7 @@ def best(
     kinds = table[["task", "monitor", "monitor_mode"]].drop_duplicates()
     if len(kinds) > 1:
         several = "; ".join(" ".join(map(str, kind)) for kind in kinds.values)
-        raise ValueError(
-            f"These runs cannot be compared, for they are of several kinds: {several}. Choose one in where."
-        )
+        raise ValueError(f"These runs cannot be compared, for they are of several kinds: {several}. Choose one in where.")
     scores = table["best_score"] if kinds["monitor_mode"].item() == "min" else -table["best_score"]
     return Path(table.loc[scores.idxmin(), "run"])
 

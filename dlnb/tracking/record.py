@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from .environment import code_version, hardware, now, package_versions
 from ..system.atomic import write_json
 from ..system.files import read_json
 from ..system.heartbeat import touching
 from ..system.job import JOB, await_job_folder
 from ..system.lock import find_holder
 from ..system.processes import Process
+from .environment import code_version, hardware, now, package_versions
 
 # %% ../../nbs/tracking/01_record.ipynb #001e14d5
 HEARTBEAT_GRACE = 50  # seconds without a heartbeat after which a process on another machine, or a staging file, counts as stale
@@ -264,9 +264,7 @@ class RunRecord(TrackedRecord):
         "The summary as a table, for a notebook."
         from html import escape
 
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items()
-        )
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.summary().items())
         return {"text/plain": str(self), "text/html": f"<table>{rows}</table>"}
 
 # %% ../../nbs/tracking/01_record.ipynb #9ad722ba

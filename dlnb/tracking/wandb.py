@@ -92,9 +92,7 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
 
     try:
         checkpoint = record.best_checkpoint or record.last_checkpoint
-        run.config.update(
-            {"checkpoint": checkpoint and str((record.folder / checkpoint).resolve())}, allow_val_change=True
-        )
+        run.config.update({"checkpoint": checkpoint and str((record.folder / checkpoint).resolve())}, allow_val_change=True)
         run.summary.update(record.metrics | {f"best/{name}": value for name, value in record.best_metrics.items()})
         run.log_artifact(_artifact_of(record))
         level = wandb.AlertLevel.INFO if record.status == "finished" else wandb.AlertLevel.ERROR
@@ -102,9 +100,7 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
     finally:
         run.finish(exit_code=0 if record.status == "finished" else 1)
     if record.wandb["mode"] == "offline":
-        print(
-            f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}"
-        )
+        print(f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}")
 
 # %% ../../nbs/tracking/09_wandb.ipynb #3005d746
 def _artifact_of(record: RunRecord) -> Any:

@@ -13,8 +13,8 @@ import time
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.distributed import TCPStore
 
-from ..tracking.record import RunRecord
 from ..system.lock import Watch
+from ..tracking.record import RunRecord
 
 # %% ../../nbs/training/03_process_group.ipynb #1ed06c3d
 def leave_old_store() -> None:

@@ -17,10 +17,10 @@ from ..checkpoint.manifest import read_manifest
 from ..checkpoint.search import UNFINISHED, Found, examine, find_checkpoint, tidy
 from ..config import RunConfig
 from ..formats.reader import read_layout
-from ..tracking.record import RunRecord
-from ..tracking.sources import changed
 from ..system.heartbeat import beats
 from ..system.lock import LOCK, check_free, find_holder, hold
+from ..tracking.record import RunRecord
+from ..tracking.sources import changed
 
 # %% ../../nbs/training/01_start.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
@@ -72,9 +72,7 @@ def _find_given(config: RunConfig) -> Found:
         return found
     layout = read_layout(path)
     if bool(layout.distributed) != config.strategy.startswith("fsdp"):
-        raise ValueError(
-            f"resume={config.resume!r}: what FSDP saves and what other strategies save do not fit each other."
-        )
+        raise ValueError(f"resume={config.resume!r}: what FSDP saves and what other strategies save do not fit each other.")
     if not layout.distributed and "loops" not in layout.values:
         raise ValueError(
             f"resume={config.resume!r} holds weights, but not where a training was: give a checkpoint of Lightning or DeepSpeed."

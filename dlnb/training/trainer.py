@@ -28,10 +28,10 @@ from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.reshard import ContinueFrom
 from ..config import RunConfig
 from ..data import average_integers_exactly
+from ..strategy import build_strategy
 from ..tracking.metrics import MetricsLogger
 from ..tracking.record import RunRecord
 from ..tracking.wandb import wandb_logger
-from ..strategy import build_strategy
 
 # %% ../../nbs/training/02_trainer.ipynb #adcb3cc6
 def checkpoint_callbacks(
