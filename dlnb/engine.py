@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import nbformat
 
+from .errors import TEMPORARY_FAILURE, ParameterError
 from .launch.environment import external_rank, is_first, job_environment
 from .launch.external import job_variables, run_external_rank
 from .launch.job_folder import job_folder, restore
 from .launch.nodes import meeting, meeting_place
-from .launch.parameters import ParameterError, check_parameters, parameter_value
+from .launch.parameters import check_parameters, parameter_value
 from .launch.rank_record import Rank
-from .system.job import TEMPORARY_FAILURE
 
 # %% ../nbs/09_engine.ipynb #c651baec
 AUTOSAVE = 2.0  # seconds between two writings of the output notebook, at most

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from .callbacks.checks import CheckLengths
-from .callbacks.pruning import Pruned, ReportProgress
+from .callbacks.pruning import ReportProgress
 from .callbacks.recorder import RunRecorder
 from .checkpoint.manifest import Manifest
 from .checkpoint.plain_values import check_plain
@@ -24,6 +24,7 @@ from .checkpoint.trust import key_file
 from .checkpoint.weights import check_weights
 from .config import RunConfig
 from .consolidate import consolidate
+from .errors import Pruned
 from .formats.reader import read_layout
 from .optim import provide_optimizers
 from .tracking.environment import package_versions

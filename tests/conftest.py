@@ -35,9 +35,22 @@ def is_compiled(operator: str) -> bool:
     return False
 
 
+# Files whose tests take seconds, and need neither a compiler nor many processes: `pytest -m fast`.
+FAST = (
+    "bad_records config consolidate data examples foreign_files internals project provenance query resume_errors settings track trust"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in FAST and item.get_closest_marker("soak") is None:
+            item.add_marker(pytest.mark.fast)
+
+
 def pytest_sessionstart(session):
     "DeepSpeed's operators are compiled before the tests begin: beside them it takes longer than a test may."
-    idle = hasattr(session.config, "workerinput") or session.config.option.collectonly
+    options = session.config.option
+    idle = hasattr(session.config, "workerinput") or options.collectonly or options.markexpr == "fast"
     if not idle and not all(map(is_compiled, ("cpu_adam", "fused_adam"))):
         print("Compiling DeepSpeed's optimizers, once for this environment; it takes a few minutes.", flush=True)
         subprocess.run([sys.executable, "-c", COMPILE], timeout=1200)

@@ -22,12 +22,12 @@ from wandb_files import wandb_runs
 from warm import warm_python
 
 from dlnb.config import RunConfig
+from dlnb.errors import TuningError
 from dlnb.search.results import trials_table
 from dlnb.search.storage import open_storage
 from dlnb.search.study import StudyConfig
 from dlnb.search.trial import run_trial
 from dlnb.search.trial_ranks import Outcome
-from dlnb.search.worker import TuningError
 from dlnb.track import RunRecord, runs
 from dlnb.tuner import tune
 

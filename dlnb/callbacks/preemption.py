@@ -25,20 +25,10 @@ from ..checkpoint.boundaries import add_boundaries
 from ..checkpoint.loaders import process_loaders
 from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.training_manifest import manifest_of
-from ..system.job import TEMPORARY_FAILURE, announce_stop
+from ..errors import Preempted
+from ..system.job import announce_preempted, announce_stop
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #56092eb1
-class Preempted(SystemExit):
-    "The training was asked to stop, and has saved where it is. As a SystemExit it ends a script with `TEMPORARY_FAILURE`."
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.message, self.code = message, TEMPORARY_FAILURE
-
-    def __str__(self) -> str:
-        return self.message
-
-
 WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while the training saves
 
 
@@ -140,6 +130,7 @@ class StopTogether(Callback):
         if number := self.agreement.at(trainer.global_step, self.received):
             where = save_last(trainer)
             name = signal.Signals(number).name
+            announce_preempted()
             raise Preempted(f"{name} stopped all ranks after {where}; it is saved. The same command goes on from there.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

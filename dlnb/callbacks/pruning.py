@@ -11,8 +11,7 @@ from collections.abc import Callable
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 # %% ../../nbs/callbacks/02_pruning.ipynb #f29c5267
-class Pruned(Exception):
-    "The search has ended this trial, as it does not promise enough."
+#| exporti
 
 # %% ../../nbs/callbacks/02_pruning.ipynb #b1e439cc
 class ReportProgress(Callback):

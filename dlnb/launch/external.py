@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import TEMPORARY_FAILURE, RankError
 from .failure import find_failure
 from .lifeline import SUPERVISOR
 from .logs import LogFollower
 from .nodes import Reporter
-from .parameters import RankError
 from .rank_record import LINGER, Rank, read_ranks
-from ..system.job import JOB, TEMPORARY_FAILURE, await_job_folder
+from ..system.job import JOB, await_job_folder, is_preempted
 from ..system.process_group import end_group, guard, signal_group
 from ..system.processes import describe_exit, process_mark
 from ..system.progress import PROGRESS, ProgressWatch, collect_stacks
@@ -85,7 +85,7 @@ def _signals_passed_on(group: int) -> Iterator[threading.Event]:  # set when the
 def _is_hopeless(folder: Path) -> bool:
     "Whether a rank of this node has failed, or the first one has left: then no training will save any more."
     failure = find_failure(folder)
-    return not await_job_folder(folder) or (failure is not None and failure.ename != "Preempted")
+    return not await_job_folder(folder) or (failure is not None and not is_preempted(folder))
 
 # %% ../../nbs/launch/19_external.ipynb #c01ac31d
 def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter) -> None:
@@ -115,6 +115,6 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
         _record_death(folder, Rank(rank, process.pid), process.returncode)
         reporter.wait_until_heard()
         failure = find_failure(folder)
-        if failure and failure.ename == "Preempted":
+        if is_preempted(folder):
             sys.exit(TEMPORARY_FAILURE)
         raise RankError("\n".join([f"rank {rank} {describe_exit(process.returncode)}", *(failure.traceback if failure else [])]))

@@ -11,22 +11,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from click import ClickException
-
-from ..errors import unknown
+from ..errors import ParameterError, unknown
 
 # %% ../../nbs/launch/18_parameters.ipynb #1aca47c1
-class ParameterError(ClickException, ValueError):
-    "A notebook cannot be given these parameters. On the command line it is one line, without a traceback."
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class RankError(ClickException, RuntimeError):
-    "A rank that another launcher started has failed."
-
-
 def parameter_names(
     notebook,  # an nbformat.NotebookNode
 ) -> list[str]:

@@ -22,6 +22,7 @@ from .manager import NotebookManager, write_failure
 from .rank_record import Rank, read_ranks
 from .rank_watch import RankWatch
 from .stop_request import StopRequest, signals_handled
+from ..system.job import is_preempted
 from ..system.process_group import end_group, guard, signal_group
 
 # %% ../../nbs/launch/17_supervisor.ipynb #5fd5bd7b
@@ -130,7 +131,7 @@ class RankClient(WatchedClient):
         look = lambda: self.is_over(index, last=True)
         look()
         own = Rank(0, self.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
-        self.preempted = "Preempted" in (own.ename, self.ranks.failure and self.ranks.failure.ename)
+        self.preempted = is_preempted(self.folder)
         code = self.km.provisioner.process.poll()
         self.ranks.failure = failure = diagnose(self.ranks, self.request, own, error, code, cell, look)
         if failure is own and (self.preempted or shows_error(cell, own)):

@@ -95,7 +95,8 @@ def _run_rank(settings: dict[str, Any], place: _Place, group: str, checkpoints: 
     "What a rank's process does."
     config = RunConfig(**settings)
     _become(place, config.world_size)
-    from dlnb.callbacks.pruning import Pruned, ReportProgress
+    from dlnb.callbacks.pruning import ReportProgress
+    from dlnb.errors import Pruned
     from dlnb.trainer import fit_trial
 
     def report(number: int, value: float) -> bool:

@@ -15,6 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import RunConfig, apply_params
+from ..errors import TuningError
 from .plan import SearchPlan
 from .report import write_best
 from .space import draw
@@ -23,10 +24,6 @@ from .trial_queue import ExhaustibleStudy, TrialQueue
 from .trial_ranks import Outcome
 
 # %% ../../nbs/search/08_worker.ipynb #eb199038
-class TuningError(RuntimeError):
-    "The search has stopped, since its trials fail."
-
-
 def final_outcome(outcome: Outcome, values: list[float], monitor: str) -> Outcome:
     "A training that never reported a finite value has failed, however it ended."
     if outcome.state == "finished" and not any(map(math.isfinite, values)):

@@ -14,7 +14,6 @@ from pathlib import Path
 # %% ../../nbs/system/07_job.ipynb #e3fa1365
 JOB = "DLNB_JOB"  # the environment variable with the folder that the engine and its ranks share
 RESTORED = 1.5  # seconds within which the engine restores that folder, where a cleaner of temporary files has removed it
-TEMPORARY_FAILURE = 75  # EX_TEMPFAIL of sysexits.h, "try again later": a training that was stopped and has saved
 
 
 def await_job_folder(folder: Path) -> bool:
@@ -28,7 +27,23 @@ def await_job_folder(folder: Path) -> bool:
 
 
 def announce_stop() -> None:
-    "Tell the engine, where it runs this process, that a signal to stop was heard and that it may take a while."
+    "Report to the engine, where it runs this process, that a signal to stop was received and that it may take a while."
+    _touch("stopping")
+
+
+def announce_preempted() -> None:
+    "Report to the engine that the training has saved, and is about to end as `Preempted`."
+    _touch("preempted")
+
+
+def is_preempted(
+    folder: Path,  # the job folder
+) -> bool:
+    "Whether a rank of this job has reported so."
+    return (folder / "preempted").exists()
+
+
+def _touch(name: str) -> None:
     if JOB in os.environ and await_job_folder(folder := Path(os.environ[JOB])):
         with suppress(OSError):  # a signal's handler must not end the training
-            (folder / "stopping").touch()
+            (folder / name).touch()

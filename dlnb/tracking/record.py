@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from ..errors import Preempted, Pruned
 from ..system.atomic import write_json
 from ..system.files import read_json
 from ..system.heartbeat import touching
@@ -203,7 +204,7 @@ def _announce_to_engine(record: StoredRecord) -> None:
     (job / "run").write_text(str(record.folder.resolve()), encoding="utf-8")
 
 # %% ../../nbs/tracking/01_record.ipynb #1b0ff2f8
-ENDS = {"Preempted": "preempted", "KeyboardInterrupt": "stopped", "SystemExit": "stopped", "Pruned": "pruned"}
+ENDS = {Preempted: "preempted", KeyboardInterrupt: "stopped", SystemExit: "stopped", Pruned: "pruned"}
 
 
 class TrackedRecord(ObservedRecord):
@@ -220,7 +221,8 @@ class TrackedRecord(ObservedRecord):
     def end(self, error: BaseException | None = None) -> None:
         "Record how the attempt ended."
         self.ended = now()
-        self.status = "finished" if error is None else ENDS.get(type(error).__name__, "failed")
+        ends = (status for kind, status in ENDS.items() if isinstance(error, kind))
+        self.status = "finished" if error is None else next(ends, "failed")
         self.error = None if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 
     def kept(self) -> AbstractContextManager[None]:
