@@ -52,7 +52,7 @@ def fit(
     record = find_run(config)
     if is_finished(record, config):
         check_unchanged(record, sources)
-        print(f"This run has finished. To train it anew, give resume='never'; to go on, raise max_epochs. {record.folder}")
+        print(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
         return record
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
     remedy = "Wait for it, end it, or give resume='never' to train beside it."
@@ -104,11 +104,11 @@ def _announce(start: Found | None, record: RunRecord) -> None:
     for damaged in start.damaged if start else ():
         print(damaged)
     if start:
-        print(f"Going on from {start.path}" + (f": {start.manifest.place}" if start.manifest else ""))
+        print(f"Resuming from {start.path}" + (f": {start.manifest.place}" if start.manifest else ""))
         for line in describe_differences(start.manifest, record.sources) if start.manifest else ():
             print(line)
     if start and start.manifest and not start.own:
-        print(f"It bears no mark of the key {key_file()}, so that plain values alone are read from it.")
+        print(f"It carries no mark of the key {key_file()}, so that plain values alone are read from it.")
 
 
 def describe_differences(saved: Manifest | RunRecord, sources: dict[str, str]) -> list[str]:

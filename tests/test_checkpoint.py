@@ -73,7 +73,7 @@ def in_a_child(act) -> int:
 
 
 def check(folder, kind: str, least: int = 1) -> int:
-    "The step of the checkpoint that a training would go on from; every name in the folder is of a complete one."
+    "The step of the checkpoint that a training would resume from; every name in the folder is of a complete one."
     tidy(folder)
     found = find_checkpoint(folder)
     assert found.damaged == [] and found.manifest.step >= least

@@ -60,7 +60,7 @@ def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(sta
     assert job.wait() == 75
     assert job.leftover() == []
     record = record_of(tmp_path)
-    assert record["status"] == "preempted" and "it is saved. The same command goes on from there." in record["error"]
+    assert record["status"] == "preempted" and "it is saved. The same command resumes from there." in record["error"]
     assert any("stopped all ranks after step" in error for _, error, _ in job.errors())
 
 

@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(run, tmp_path,
     flip_a_byte(last(run))
     again = fit(RunConfig(**TASK, max_epochs=3, lr=2e-3, resume=str(run), root=str(tmp_path / "new")))
     out = capsys.readouterr().out
-    assert "last.ckpt is damaged" in out and f"Going on from {best}" in out
+    assert "last.ckpt is damaged" in out and f"Resuming from {best}" in out
     assert again.epoch == 3
 
 

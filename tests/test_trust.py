@@ -252,16 +252,16 @@ def test_objects_of_the_users_own_come_back_where_the_key_is_and_are_refused_wit
         go_on(run)
     monkeypatch.setenv("DLNB_KEY", key)
     capsys.readouterr()
-    assert go_on(run).epoch == 2 and "bears no mark" not in capsys.readouterr().out
+    assert go_on(run).epoch == 2 and "carries no mark" not in capsys.readouterr().out
 
 
 def test_without_its_key_a_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
     other = Path(shutil.copytree(run.parents[3], tmp_path / "other")) / run.relative_to(run.parents[3])
     go_on(run)
-    assert "bears no mark" not in capsys.readouterr().out
+    assert "carries no mark" not in capsys.readouterr().out
     monkeypatch.setenv("DLNB_KEY", str(tmp_path / "another key"))
     go_on(other)
-    assert "bears no mark" in capsys.readouterr().out
+    assert "carries no mark" in capsys.readouterr().out
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert is_own(other / "checkpoints" / "last.ckpt")
 
@@ -305,7 +305,7 @@ def test_a_zero_folder_resumes_to_the_same_bytes_with_and_without_its_key(zero, 
     for name, key in keys.items():
         again = Training(tmp_path / name, "deepspeed_stage_1", 2, {"DLNB_KEY": key}, resume=str(zero), max_epochs=1)
         assert again.record["status"] == "finished", again.done.stderr[-3000:]
-        assert ("bears no mark" in again.done.stdout) == (name == "other") and "begins anew" not in again.done.stderr
+        assert ("carries no mark" in again.done.stdout) == (name == "other") and "starts without its saved state" not in again.done.stderr
         ends[name] = (again.folder / "model.safetensors").read_bytes()
     assert ends["own"] == ends["other"]
 

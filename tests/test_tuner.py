@@ -410,7 +410,7 @@ MISTAKES = {
     "no database": (dict(storage="study.db"), "is no URL of a database"),
     "no server": (dict(storage="postgresql+psycopg://nobody@127.0.0.1:9/none"), "cannot be opened"),
     "in memory": (dict(storage="sqlite://"), "would be lost with this process"),
-    "a checkpoint to go on from": (dict(settings=dict(resume="never")), "a search goes on by itself"),
+    "a checkpoint to go on from": (dict(settings=dict(resume="never")), "a search resumes by itself"),
 }
 
 

@@ -131,7 +131,7 @@ class StopTogether(Callback):
             where = save_last(trainer)
             name = signal.Signals(number).name
             announce_preempted()
-            raise Preempted(f"{name} stopped all ranks after {where}; it is saved. The same command goes on from there.")
+            raise Preempted(f"{name} stopped all ranks after {where}; it is saved. The same command resumes from there.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.agreement.answer(trainer.global_step)

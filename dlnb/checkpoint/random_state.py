@@ -30,7 +30,7 @@ def generator_states() -> dict[str, Any]:
 def set_generator_states(
     states: dict[str, Any],  # from `generator_states`
 ) -> None:
-    "Let this process's global generators go on from where they were."
+    "Let this process's global generators continue from where they were."
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, *rest = states["numpy"]

@@ -38,7 +38,7 @@ class SavedTraining:
     ):
         self.path, self.layout = path, read_layout(path)
         if self.layout.distributed:
-            raise ValueError(f"{path} was saved under FSDP. Only FSDP itself can go on from it; infer takes its weights.")
+            raise ValueError(f"{path} was saved under FSDP. Only FSDP itself can resume from it; infer takes its weights.")
         file = path if path.is_file() else model_states_file(path)
         self.content = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
         if "loops" not in self.content:
@@ -132,17 +132,17 @@ def _load_parameter(parameter: torch.nn.Parameter, weight: Weight) -> None:
 
 
 def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
-    "Let the optimizer go on, or warn that it begins anew, and why."
+    "Restore the optimizer's state, or warn that it starts without its saved state, and why."
     try:
         if not (states := saved.states(optimizer_groups(trainer))):
             raise ValueError("the checkpoint holds nothing of its optimizer")
         fill_states(find_slots(trainer), states, base_optimizer(trainer.optimizers[0]))
     except ValueError as error:
-        warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} begins anew: {error}.", stacklevel=2)
+        warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} starts without its saved state: {error}.", stacklevel=2)
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #1dda888b
 class ContinueFrom(Callback):
-    """Lets a training go on from a checkpoint of ddp or ZeRO, whatever stage and number of ranks it is of.
+    """Resumes a training from a checkpoint of ddp or ZeRO, whatever stage and number of ranks it is of.
 
     Every rank needs to see its files. The first rank's word on which checkpoint it is counts for all."""
 
@@ -150,7 +150,7 @@ class ContinueFrom(Callback):
 
     def __init__(
         self,
-        checkpoint: str | Path | None,  # None to start anew
+        checkpoint: str | Path | None,  # None to start from new weights
         weights_only: bool | None = None,  # None: unless this installation wrote it; False runs what its pickles name
     ):
         self.checkpoint, self.weights_only = checkpoint and Path(checkpoint), weights_only

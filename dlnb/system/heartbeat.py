@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/system/04_heartbeat.ipynb #cfcc4fda
-BEAT = 5.0  # seconds between two signs of life of a run
+BEAT = 5.0  # seconds between two heartbeats of a run
 WATCH = 16.0  # seconds without one, after which a process of another machine is taken for dead
 
 

@@ -151,7 +151,7 @@ def _may_live(holder: Holder, folder: Path, watch: float) -> bool:
         return list(_open_files.values()).count(folder / LOCK) > 1  # this try is one of them
     if holder.process.is_here:
         return holder.is_seen(folder)
-    print(f"{folder} was in use by {holder}. It cannot be seen from here; its signs of life can: {watch:.0f} s.", flush=True)
+    print(f"{folder} was in use by {holder}. It cannot be seen from here; its heartbeat can: {watch:.0f} s.", flush=True)
     return beats(folder / LOCK, watch)
 
 # %% ../../nbs/system/05_lock.ipynb #1985dea0
@@ -237,7 +237,7 @@ def hold(
     folder: str | Path,  # made where it is missing
     what: str = "used",  # what the holder does to it, for the sentence of those who are refused
     remedy: str = "Wait for it, or end it.",
-    beat: float = BEAT,  # seconds between two signs of life
+    beat: float = BEAT,  # seconds between two heartbeats
     watch: float = WATCH,  # seconds to wait for one of a process that cannot be seen
 ) -> Iterator[None]:
     """Hold a folder's lock as long as the `with` block lasts.
@@ -276,7 +276,7 @@ class Watch:
     def __init__(
         self,
         folder: str | Path,
-        seconds: float = WATCH,  # without a sign of life, after which one of another machine is taken for dead
+        seconds: float = WATCH,  # without a heartbeat, after which one of another machine is taken for dead
     ):
         self.folder, self.seconds, self.silence = Path(folder), seconds, Silence()
 

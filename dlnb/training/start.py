@@ -40,8 +40,8 @@ def as_own_run(config: RunConfig) -> RunConfig:
 def find_start(
     config: RunConfig,
     record: RunRecord,
-) -> Found | None:  # None to start anew
-    """The checkpoint that the run goes on from: its own newest, else the one that `resume` gives.
+) -> Found | None:  # None to start from new weights
+    """The checkpoint that the run resumes from: its own newest, else the one that `resume` gives.
 
     Raises `ValueError` where it is damaged, is being written, or where the settings ask for no more training than it has had."""
     was_saving = any((record.folder / "checkpoints").glob(f"*{UNFINISHED}"))  # the first one, when it was killed
@@ -108,7 +108,7 @@ def _check_older_version(record: RunRecord, what: str) -> None:
     if record.status != "running" or record.machine or not record.attempts:
         return
     whose = f"{record.folder} is being {what} by process {record.pid} on {record.host} since {record.started}"
-    print(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a sign of life.", flush=True)
+    print(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a heartbeat.", flush=True)
     if beats(record.path, 40):
         raise ValueError(f"{whose}. Wait for it, or end it.")
 
