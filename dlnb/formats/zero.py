@@ -152,7 +152,7 @@ def _share(shape: Sequence[int], ranks: int) -> int:
     return -(-math.prod(checked_shape(shape)) // ranks)
 
 
-def _cut_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> Weight:
+def _partitioned_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> Weight:
     "A parameter of which each rank has its share from `offset` on."
     size, length = math.prod(shape), _share(shape, len(parts))
     if len({part.dtype for part in parts}) > 1:
@@ -167,7 +167,7 @@ def _cut_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[int]) -> 
     return Weight(parts[0].dtype, tuple(shape), pieces)
 
 # %% ../../nbs/formats/06_zero.ipynb #ee48c95a
-def _cut_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> dict[str, Weight]:
+def _partitioned_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> dict[str, Weight]:
     vectors = [_Vector(part) for part in parts]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     expected = sum(_share(shape, len(vectors)) for shape in shapes.values())
@@ -176,7 +176,7 @@ def _cut_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> di
             raise ValueError(f"{folder}: the shard of rank {rank} holds {vector.size} elements, and should hold {expected}.")
     weights, offset = {}, 0
     for name, shape in shapes.items():
-        weights[name] = _cut_weight(vectors, offset, shape)
+        weights[name] = _partitioned_weight(vectors, offset, shape)
         offset += _share(shape, len(vectors))
     return weights
 
@@ -186,7 +186,7 @@ def _frozen_weights(models: list[dict]) -> dict[str, Weight]:
     weights = {}
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         parts = [_Vector([model["frozen_param_fragments"][name]]) for model in models]
-        weights[name] = _cut_weight(parts, 0, shape)
+        weights[name] = _partitioned_weight(parts, 0, shape)
     return weights
 
 
@@ -257,26 +257,26 @@ def read_all_shards(folder: Path) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"{folder}: a *_model_states.pt is missing; without it the shards have no names.")
     models = _read_models(folder, states)
     optimizers = _read_optimizers(folder, shards) if shards else []
-    if shards and _is_cut(optimizers):
+    if shards and _is_partitioned(optimizers):
         _check_ranks(folder, states, len(optimizers), _MODEL)
     return models, optimizers
 
 # %% ../../nbs/formats/06_zero.ipynb #f61c28de
-def _is_cut(optimizers: list[dict]) -> bool:
-    "Whether it is stage 3, which cuts each parameter by itself."
+def _is_partitioned(optimizers: list[dict]) -> bool:
+    "Whether it is stage 3, which partitions each parameter by itself."
     return "fp32_flat_groups" in optimizers[0]
 
 
 def locate_weights(folder: Path, parts: Parts, model: dict, optimizers: list[dict]) -> dict[str, Weight]:
     "Where each parameter, or what is kept of it, is in the ranks' parts."
-    return (_cut_weights if _is_cut(optimizers) else _flat_weights)(folder, parts, model, optimizers[0])
+    return (_partitioned_weights if _is_partitioned(optimizers) else _flat_weights)(folder, parts, model, optimizers[0])
 
 
 def _assemble(folder: Path) -> Layout:
     models, optimizers = read_all_shards(folder)
     if not optimizers:
         return stored_layout(models[0]["module"], models[0])
-    cut = _is_cut(optimizers)
+    cut = _is_partitioned(optimizers)
     key = "fp32_flat_groups" if cut else "single_partition_of_fp32_groups"
     weights = locate_weights(folder, [optimizer[key] for optimizer in optimizers], models[0], optimizers)
     weights |= _frozen_weights(models) if cut else {}
