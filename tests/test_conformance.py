@@ -85,6 +85,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(train, launch):
     assert (trained.folder / "run.json").read_bytes() == before
 
 
+@pytest.mark.soak
 def test_byte_gpt_learns_under_zero_3(launch, tmp_path):
     from dlnb.examples import PythonSource
 

@@ -230,6 +230,7 @@ def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
     assert job.out.read_text().count("shown once") == 2  # the source and rank 0's display
 
 
+@pytest.mark.soak
 def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_path):
     launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29517")
     job = papermill(

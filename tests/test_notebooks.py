@@ -12,11 +12,16 @@ from test_project import CHAPTERS, INDEX, run
 from warm import warm_python
 
 EXECUTE = "from nbclient.cli import main; main()"
+TRAINS_LONG = "11_examples"  # half a minute alone
 COLD = ("04_strategy", "05_lock", "06_progress")  # they look at what a process imports, and stop processes by their ids
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("path", [*CHAPTERS, INDEX], ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix())
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.soak] if path.stem == TRAINS_LONG else []) for path in [*CHAPTERS, INDEX]],
+    ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix(),
+)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     shutil.copy(path, tmp_path)
     done = run(sys.executable if path.stem in COLD else warm_python(), "-c", EXECUTE, "--timeout=250", "--inplace", path.name, cwd=tmp_path)

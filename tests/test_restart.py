@@ -44,7 +44,7 @@ def is_python(process: psutil.Process) -> bool:
     return process.is_running() and "python" in process.name()
 
 
-@pytest.mark.parametrize("whom", ["every process", "one rank", pytest.param("papermill", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("whom", ["every process", *(pytest.param(whom, marks=pytest.mark.soak) for whom in ("one rank", "papermill"))])
 def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(start, tmp_path, whom):
     job = start(launcher=(), settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
     wait_until_it_trains(job, tmp_path)
@@ -84,6 +84,7 @@ def test_restarts_come_to_an_end(start, tmp_path):
     assert "RuntimeError: STOP_AT" in str(job.errors())
 
 
+@pytest.mark.soak
 def test_torchrun_starts_a_crashed_training_again(start, tmp_path):
     launcher = (warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     job = start(launcher=launcher, settings=dict(max_epochs=2), STOP_AT=CRASH, STOP_ONCE=tmp_path / "once")

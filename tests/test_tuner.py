@@ -91,6 +91,7 @@ def test_a_trial_is_one_row_with_the_same_parameters_on_all_ranks(search, tmp_pa
     assert not (folder / "checkpoints").exists() and RunRecord.read(folder).resolved["world_size"] == 2
 
 
+@pytest.mark.soak
 def test_one_rank_and_two_prune_the_same_trials(search, tmp_path):
     # Hyperband's brackets are drawn from the study's name.
     one = search({"devices": 1, "batch_size": 128, "max_epochs": 9}, n_trials=6, study_name="one")
@@ -115,7 +116,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[pytest.mark.soak] if fault == "hangs@1" else []) for fault in FAULTS])
 def test_a_failure_is_an_outcome_and_the_study_goes_on(search, tmp_path, monkeypatch, fault):
     monkeypatch.setenv("FAULT", fault)
     limit = 40 if fault == "hangs@1" else None  # long enough for the two trials that are well, on a busy machine
