@@ -8,6 +8,7 @@ still memory, files and a process id of its own. Tests that kill a process by it
 """
 
 import array
+import ctypes
 import gc
 import json
 import os
@@ -198,6 +199,7 @@ def become(request: dict, files: list[int], executable: str) -> None:
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever ends the server ends its processes
     high = [os.dup(os.dup2(file, 500 + place)) and 500 + place for place, file in enumerate(files)]
     os.closerange(3, 500)
     for file, number in zip(high, request["files"]):
