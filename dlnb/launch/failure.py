@@ -11,6 +11,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .rank_record import LEFT, Rank, read_ranks
 from ..system.processes import began_at, describe_exit, exit_status
@@ -77,7 +78,16 @@ def is_starting(
     known = {rank.pid for rank in read_ranks(folder)}
     try:
         children = psutil.Process(kernel).children()
-        new = [child for child in children if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE]
-        return any(str(folder / "rank.py") in child.cmdline() for child in new)
+    except psutil.NoSuchProcess:
+        return False
+    return any(_runs(child, str(folder / "rank.py")) for child in children if child.pid not in known)
+
+
+def _runs(process: Any, script: str) -> bool:
+    "Whether a process runs a script, and has not ended meanwhile, as others that a notebook starts may have."
+    import psutil
+
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and script in process.cmdline()
     except psutil.NoSuchProcess:
         return False
