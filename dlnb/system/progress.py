@@ -145,10 +145,11 @@ def collect_stacks(
         with suppress(ProcessLookupError):
             os.kill(state.pid, STACKS)
             os.kill(state.pid, signal.SIGCONT)
-    deadline, before, stacks = time.monotonic() + seconds, None, {}
-    while (stacks != before or not all(stacks.values())) and time.monotonic() < deadline:
+    deadline, stacks, unchanged = time.monotonic() + seconds, {}, 0
+    while (unchanged < 3 or not all(stacks.values())) and time.monotonic() < deadline:  # a busy rank writes them in parts
         time.sleep(0.2)
         before, stacks = stacks, {rank: _read(path) for rank, path in paths.items()}
+        unchanged = unchanged + 1 if stacks == before else 0
     return stacks
 
 
