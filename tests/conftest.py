@@ -36,9 +36,7 @@ def is_compiled(operator: str) -> bool:
 
 
 # Files whose tests take seconds, and need neither a compiler nor many processes: `pytest -m fast`.
-FAST = (
-    "bad_records config consolidate data examples foreign_files internals project provenance query resume_errors settings track trust"
-).split()
+FAST = ("bad_records config consolidate data examples foreign_files internals project query resume_errors settings track").split()
 
 
 def pytest_collection_modifyitems(items):
