@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, TRAIN
+from warm import processes_left, warm_python
 
 pytestmark = pytest.mark.timeout(400)
 SETTINGS = dict(accelerator="cpu", devices=2, max_epochs=4, batch_size=16, accumulate_grad_batches=2, optimizer="AdamW")
@@ -160,33 +160,16 @@ def claims(folder: Path) -> None:
     assert all(name is None or (folder / name).exists() for name in (record["best_checkpoint"], record["last_checkpoint"]))
 
 
-@pytest.fixture
-def start_server():
-    "A process that forks one for each training; it is ended after the test."
-    started = []
-
-    def start(folder: Path) -> subprocess.Popen:
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / "server.log").open("w"), text=True)
-        started.append(subprocess.Popen([sys.executable, str(TRACED), "serve"], cwd=folder, **pipes))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.kill()
-        server.wait()
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_sixty_six_kills_at_chosen_moments_on_moved_and_linked_roots_lose_nothing(start_server, tmp_path):
-    server = start_server(tmp_path)
-
+def test_sixty_six_kills_at_chosen_moments_on_moved_and_linked_roots_lose_nothing(tmp_path):
     def attempt(root: str, trace: str, **environment: str) -> int:
         (tmp_path / trace).mkdir(exist_ok=True)
-        work = {"settings": ALONE | {"root": root}, "environment": environment | {"TRACE": str(tmp_path / trace)}}
-        server.stdin.write(json.dumps(work) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        command = [warm_python(), TRACED, json.dumps(ALONE | {"root": root})]
+        environment = os.environ | environment | {"TRACE": str(tmp_path / trace)}
+        with (tmp_path / "output.txt").open("a") as output:
+            done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=output, stderr=output, timeout=120)
+        return done.returncode
 
     assert attempt("whole", "whole-trace") == 0
     (place := tmp_path / "killed").mkdir()
@@ -210,6 +193,4 @@ def test_sixty_six_kills_at_chosen_moments_on_moved_and_linked_roots_lose_nothin
     assert sorted(os.listdir(killed / "checkpoints")) == sorted(os.listdir(whole / "checkpoints"))
     left = [path.name for path in killed.rglob("*") if path.name.endswith((".new", ".unfinished", ".room"))]
     assert not [name for name in left if not name.startswith(".run.json.")]  # which are removed when nobody can be writing them
-    family = psutil.Process(server.pid).children(recursive=True)
-    server.stdin.close()
-    assert server.wait(timeout=30) == 0 and not [process for process in family if process.is_running()]
+    assert processes_left() == []

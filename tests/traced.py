@@ -1,16 +1,14 @@
-"""A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`, or `serve`.
+"""A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`.
 
 `TRACE` names a folder for the samples' numbers. `STOP_AT`, an optimizer step, ends the training there with an error, where `STOP_ONCE`
 names a file only once. `SAVE_START` names a checkpoint to save before the first step. `KILL` says when the process kills itself."""
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -91,38 +89,8 @@ class SteppedBySGD(TracedNet):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def serve() -> None:
-    """Train what each line of the input says, in a process that is forked for it; its exit code is a line of the output.
-
-    What takes long, the imports, happens once."""
-    import dlnb.trainer  # noqa: F401
-
-    for line in sys.stdin:
-        work = json.loads(line)
-        if (child := os.fork()) == 0:
-            os.environ |= work["environment"]
-            os._exit(attempt(work["settings"]))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def attempt(settings: dict) -> int:
-    from dlnb.config import RunConfig
-    from dlnb.trainer import fit
-
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            fit(RunConfig(**settings))
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
     from dlnb.config import RunConfig
     from dlnb.trainer import fit
 
-    if sys.argv[1] == "serve":
-        serve()
-    else:
-        print(fit(RunConfig(**json.loads(sys.argv[1]))).folder)
+    print(fit(RunConfig(**json.loads(sys.argv[1]))).folder)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -45,7 +46,7 @@ server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
 files = [file for file in map(int, os.listdir("/proc/self/fd")) if file != server.fileno() and os.path.exists(f"/proc/self/fd/{{file}}")]
 request = dict(argv=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), files=files, parent=os.getppid(),
-               group=os.getpgrp(), ignored=[n for n in {forwarded} if signal.getsignal(n) == signal.SIG_IGN])
+               ignored=[n for n in {forwarded} if signal.getsignal(n) == signal.SIG_IGN])
 file = os.memfd_create("request")
 os.write(file, json.dumps(request).encode())
 server.sendmsg([b"start"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file, *files]))])
@@ -80,6 +81,16 @@ def warm_python() -> str:
         assert server.poll() is None, "the server of warm processes has died"
         time.sleep(0.05)
     return str(executable)
+
+
+def processes_left(within: float = 15) -> list[psutil.Process]:
+    "The warm processes of this test process that still run, and what they have started, `within` seconds from now."
+    deadline = time.monotonic() + within
+    while left := [one for server in SERVERS for one in psutil.Process(server.pid).children(recursive=True)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -159,7 +170,6 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
                 elif key.data in processes:  # a client has died
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(key.fileobj)
-                    processes.pop(key.data).close()
                 elif key.fileobj is sys.stdin.buffer.raw:
                     for pid in processes:
                         os.kill(pid, signal.SIGKILL)
@@ -184,9 +194,10 @@ def report_ended(processes: dict[int, socket.socket], selector) -> None:
         if not pid:
             return
         if connection := processes.pop(pid, None):
-            selector.unregister(connection)
+            with suppress(KeyError):  # its client has died before
+                selector.unregister(connection)
             Path(connection.getsockname()).with_name(str(client_of(connection))).unlink()
-            with suppress(OSError):  # the client has died as well
+            with suppress(OSError):
                 connection.send(str(os.waitstatus_to_exitcode(status)).encode())
             connection.close()
 
@@ -200,10 +211,11 @@ def become(request: dict, files: list[int], executable: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever ends the server ends its processes
-    high = [os.dup(os.dup2(file, 500 + place)) and 500 + place for place, file in enumerate(files)]
+    for place, file in enumerate(files):  # out of the way of the numbers that they are to have
+        os.dup2(file, 500 + place)
     os.closerange(3, 500)
-    for file, number in zip(high, request["files"]):
-        os.dup2(file, number)
+    for place, number in enumerate(request["files"]):
+        os.dup2(500 + place, number)
     os.closerange(500, 800)
     os.chdir(request["folder"])
     os.environ.clear()
@@ -231,28 +243,23 @@ def reseed() -> None:
 
 
 def run(argv: list[str]) -> None:
-    "What `python *argv` runs."
+    "What `python *argv` runs, in a main module of its own: it must not find names that it has not imported."
     import runpy
 
     kind, *rest = argv
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[0:1] = paths if paths != sys.path[1 : 1 + len(paths)] else []
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    where = {"-m": os.getcwd(), "-c": ""}.get(kind, str(Path(kind).resolve().parent))
+    sys.path[0:1] = [where, *filter(None, inherited)]
     if kind == "-m":
         sys.argv = ["-m", *rest[1:]]
-        sys.path.insert(0, os.getcwd())
         runpy._run_module_as_main(rest[0], alter_argv=True)
-    elif kind == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        sys.path.insert(0, "")
-        main = sys.modules["__main__"]
-        main.__dict__.update(__file__=None, __spec__=None)
-        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
-    else:
-        sys.argv = argv
-        sys.path.insert(0, str(Path(kind).resolve().parent))
-        main = sys.modules["__main__"]
-        main.__dict__.update(__file__=kind, __spec__=None)
-        exec(compile(Path(kind).read_text(), kind, "exec"), main.__dict__)
+        return
+    sys.argv = ["-c", *rest[1:]] if kind == "-c" else argv
+    file, source = ("<string>", rest[0]) if kind == "-c" else (kind, Path(kind).read_text())
+    if kind != "-c":
+        main.__file__ = kind
+    exec(compile(source, file, "exec"), vars(main))
 
 
 if __name__ == "__main__":
