@@ -152,7 +152,7 @@ class Hardware(Settings):
 # %% ../nbs/05_config.ipynb #28f74361
 def _resolve(hardware: Hardware) -> dict[str, Any]:
     "The accelerator, the devices and the strategy that Lightning would choose for 'auto' here."
-    from dlnb.optim import resolve_accelerator
+    from dlnb.optimizers.target import resolve_accelerator
 
     accelerator = resolve_accelerator(hardware.accelerator)
     count = count_devices(accelerator, hardware.devices)

@@ -12,7 +12,7 @@ from torch import distributed
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.training_manifest import sample_counts
 from ..errors import unknown
-from ..optim import zero_stage
+from ..optimizers.target import zero_stage
 
 # %% ../../nbs/callbacks/03_checks.ipynb #1e820e72
 class CheckMonitor(Callback):

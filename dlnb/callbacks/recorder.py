@@ -17,7 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint.manifest import Manifest
 from ..config import RunConfig
-from ..optim import describe_optimizer, zero_stage
+from ..optim import describe_optimizer
+from ..optimizers.target import zero_stage
 from ..tracking.metrics import MetricsLogger
 from ..tracking.record import RunRecord
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 
-from ..optim import base_optimizer, zero_stage
+from ..optim import base_optimizer
+from ..optimizers.target import zero_stage
 
 # %% ../../nbs/checkpoint/14_partition.ipynb #b9f71131
 class Slot(NamedTuple):

@@ -25,7 +25,8 @@ from ..formats.layout import Weight
 from ..formats.optimizer_states import States, read_optimizer_states
 from ..formats.reader import read_layout
 from ..formats.zero import model_states_file
-from ..optim import base_optimizer, describe_optimizer, zero_stage
+from ..optim import base_optimizer, describe_optimizer
+from ..optimizers.target import zero_stage
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2d22ae70
 class SavedTraining:

@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 
 from .boundaries import trained_batches
 from .manifest import Manifest
-from ..optim import describe_optimizer, zero_stage
+from ..optim import describe_optimizer
+from ..optimizers.target import zero_stage
 from ..tracking.environment import package_versions
 
 # %% ../../nbs/checkpoint/11_training_manifest.ipynb #f23b9a28
