@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import TrialState
 
 # %% ../../nbs/search/10_results.ipynb #0ce48159
-def trials_table(study: optuna.Study):  # a pandas DataFrame: a row a trial, the best first, those that failed last
+def trials_table(study: optuna.Study):  # a pandas DataFrame: a row per trial, the best first, those that failed last
     "The trials with their values, parameters and durations."
     table = study.trials_dataframe(attrs=("number", "value", "state", "duration", "params"))
     table["duration"] = table["duration"].dt.total_seconds().round(1)
@@ -22,6 +22,9 @@ def trials_table(study: optuna.Study):  # a pandas DataFrame: a row a trial, the
     ascending = study.direction == optuna.study.StudyDirection.MINIMIZE
     ordered = table.assign(failed=failed).sort_values(["failed", "value"], ascending=[True, ascending])
     return ordered.drop(columns="failed").reset_index(drop=True)
+
+# %% ../../nbs/search/10_results.ipynb #e08bc1b4
+MOST_NAMES = 10  # in a legend
 
 
 def plot_study(study: optuna.Study) -> list[Any]:  # matplotlib Figures
@@ -37,6 +40,9 @@ def plot_study(study: optuna.Study) -> list[Any]:  # matplotlib Figures
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         figures = [draw_one(study).figure for draw_one in drawn]
     for figure in figures:
+        for axes in figure.axes:
+            if (legend := axes.get_legend()) and len(legend.get_texts()) > MOST_NAMES:
+                legend.remove()
         figure.set_size_inches(7, 3.8)
         pyplot.close(figure)
     return figures
