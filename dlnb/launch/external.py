@@ -7,15 +7,10 @@ __all__ = []
 
 # %% ../../nbs/launch/19_external.ipynb #9415f939
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import TEMPORARY_FAILURE, RankError
 from .failure import find_failure
@@ -23,8 +18,9 @@ from .lifeline import SUPERVISOR
 from .logs import LogFollower
 from .nodes import Reporter
 from .rank_record import LINGER, Rank, read_ranks
+from .stop_request import SCHEDULERS, StopRequest, signals_handled
 from ..system.job import JOB, await_job_folder, is_preempted
-from ..system.process_group import end_group, guard, signal_group
+from ..system.process_group import end_group, guard
 from ..system.processes import describe_exit, process_mark
 from ..system.progress import PROGRESS, ProgressWatch, collect_stacks
 
@@ -64,24 +60,6 @@ def _record_hang(folder: Path, rank: int, pid: int, watch: ProgressWatch) -> boo
     return True
 
 # %% ../../nbs/launch/19_external.ipynb #72472c3b
-@contextmanager
-def _signals_passed_on(group: int) -> Iterator[threading.Event]:  # set when there was one
-    "The launcher stops its processes by SIGTERM: a training then saves, and its process ends by itself."
-    stopped = threading.Event()
-
-    def stop(*_: Any) -> None:
-        stopped.set()
-        signal_group(group, signal.SIGTERM)
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield stopped
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
 def _is_hopeless(folder: Path) -> bool:
     "Whether a rank of this node has failed, or the first one has left: then no training will save any more."
     failure = find_failure(folder)
@@ -95,10 +73,10 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
     code = f"from dlnb.launch.rank import run_rank; run_rank({str(folder)!r}, {str(path)!r})"
     environment = os.environ | job_variables(folder)
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, env=environment)
-    follower, watch = LogFollower(folder, rank), ProgressWatch(folder)
-    with guard(process.pid), _signals_passed_on(process.pid) as stopped:
+    follower, watch, request = LogFollower(folder, rank), ProgressWatch(folder), StopRequest()
+    with guard(process.pid), signals_handled(request, lambda: process.pid, SCHEDULERS):
         try:
-            while process.poll() is None and not (stopped.is_set() and _is_hopeless(folder)) and not reporter.is_alone:
+            while process.poll() is None and not (request.signal and _is_hopeless(folder)) and not reporter.is_alone:
                 sys.stderr.write(follower.read())
                 reporter.report()
                 if watch.look() and _record_hang(folder, rank, process.pid, watch):

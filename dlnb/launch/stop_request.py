@@ -9,13 +9,14 @@ __all__ = []
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..system.process_group import signal_group
 
 # %% ../../nbs/launch/14_stop_request.ipynb #a16980fe
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)  # the signals that SLURM and torchrun send
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
 
 
@@ -35,8 +36,12 @@ class StopRequest:
 
 # %% ../../nbs/launch/14_stop_request.ipynb #d19a58b9
 @contextmanager
-def signals_handled(request: StopRequest, group: Callable[[], int | None]) -> Iterator[None]:
-    "Note the signals that ask for an end, and pass them on to a process group, once there is one."
+def signals_handled(
+    request: StopRequest,
+    group: Callable[[], int | None],  # None as long as there is none
+    numbers: Collection[int] = (signal.SIGINT, *SCHEDULERS),
+) -> Iterator[None]:
+    "Note the signals that ask for an end, and pass them on to a process group."
 
     def stop(number: int, frame: Any) -> None:
         request.receive(number)
@@ -46,7 +51,7 @@ def signals_handled(request: StopRequest, group: Callable[[], int | None]) -> It
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread alone
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -11,11 +11,12 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import column, select, table
@@ -80,17 +81,19 @@ class TrialQueue(StudyTrials):
         try:
             if not self.storage.set_trial_state_values(row._trial_id, TrialState.RUNNING):
                 return False
-        except optuna.exceptions.UpdateFinishedTrialError:
+        except UpdateFinishedTrialError:
             return False
         self.storage.set_trial_user_attr(row._trial_id, "worker", asdict(Process.this()))
         self.heartbeat(row._trial_id)
         return True
 
     def heartbeat(self, trial_id: int) -> None:
-        self.storage.set_trial_user_attr(trial_id, "alive", time.time())
+        with suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_user_attr(trial_id, "alive", time.time())
 
     def requeue(self, trial_id: int) -> None:
-        self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
+        with suppress(UpdateFinishedTrialError):
+            self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def requeue_stale(self) -> None:
         "Requeue the trials of stale workers."
