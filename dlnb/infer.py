@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .callbacks.load_weights import LoadWeights
 from .callbacks.recorder import RunRecorder
@@ -27,9 +26,10 @@ from .system.atomic import write_json
 from .tracking.record import RunRecord
 from .tracking.sources import source_hashes
 from .tracking.wandb import wandb_logger
-from .trainer import describe_differences, recorded_end
+from .trainer import recorded_end
 from .training.build import build_data, build_model
-from .training.start import run_lock_held
+from .training.plan import describe_differences
+from .training.start import is_rank_zero, run_lock_held
 from .training.trainer import check_interactive, make_trainer, quiet_lightning
 
 # %% ../nbs/08_infer.ipynb #ec610448
@@ -68,12 +68,12 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
         check_weights(model, layout, config.resume)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(config.model_class, config.data_class)
-    if rank_zero_only.rank == 0 and (trained := find_weights(run).record):
+    if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):
             print(line)
     with quiet_lightning():
         trainer = _inference_trainer(config, record)
-        with run_lock_held(trainer, record, "filled"), recorded_end(trainer, record):
+        with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
             if test:
                 results = trainer.test(model, datamodule=data, verbose=False)
                 record.metrics = {name: value for result in results for name, value in result.items()}

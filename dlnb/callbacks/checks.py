@@ -50,8 +50,8 @@ class CheckBatches(Callback):
 class CheckLengths(Callback):
     "Reports data of another length than the checkpoint's, before the first step; refuses it in the middle of an epoch."
 
-    def __init__(self) -> None:
-        self.manifest: Manifest | None = None  # of the checkpoint that the training resumes from; rank 0's counts for all
+    def __init__(self, manifest: Manifest | None):
+        self.manifest = manifest  # of the checkpoint that the training resumes from; rank 0's counts for all
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         saved, here = trainer.strategy.broadcast((self.manifest, sample_counts(trainer)))

@@ -92,33 +92,33 @@ def optimizer_groups(
     return [[names[id(parameter)] for parameter in group if parameter.requires_grad] for group in groups]
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #d4102d5c
-def load_whole_model(saved: SavedTraining) -> None:
-    "Put a checkpoint's weights, whatever cut them, into its `state_dict`: for a strategy that keeps the model whole."
+def load_full_model(saved: SavedTraining) -> None:
+    "Put a checkpoint's weights, however they are sharded, into its `state_dict`: for a strategy with a full model on every rank."
     state, layout = saved.content["state_dict"], saved.layout
     tensors = {name: read_elements(weight).view(weight.shape) for name, weight in layout.weights.items()}
     saved.content["state_dict"] = state | tensors | {name: tensors[to] for name, to in layout.tied.items()}
     saved.content["optimizer_states"] = [{}]  # Lightning wants to see them
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2ec00e9d
-def load_cut_model(
+def load_sharded_model(
     trainer: Trainer,  # under ZeRO
     saved: SavedTraining,
 ) -> None:
     "Give a model under ZeRO its weights, of which each rank reads its own part, and the optimizer its master copy of them."
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-    cut = hasattr(optimizer, "grad_position")
+    is_stage_3 = hasattr(optimizer, "grad_position")
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise NotImplementedError(f"{saved.path}: offload to NVMe takes only checkpoints of its own. Offload to the CPU takes it.")
     parameters = dict(module.named_parameters())
     others = {name: value for name, value in saved.content["state_dict"].items() if name not in parameters}
-    if cut:
+    if is_stage_3:
         optimizer.checkpoint_event_prologue()
     module.load_state_dict({name: value for name, value in others.items() if name not in saved.layout.tied}, strict=False)
     for name, parameter in parameters.items():
         _load_parameter(parameter, saved.weight(name))
     slots = find_slots(trainer)
     fill_weights(slots, {slot.name: saved.weight(slot.name) for slot in slots})
-    if cut:
+    if is_stage_3:
         optimizer.checkpoint_event_epilogue()
     trainer.strategy.deepspeed_engine.global_steps = saved.content["global_step"]
 
@@ -141,13 +141,52 @@ def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
     except ValueError as error:
         warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} starts without its saved state: {error}.", stacklevel=2)
 
+# %% ../../nbs/checkpoint/17_reshard.ipynb #8f800680
+class _Loading:
+    "Has a Trainer's strategy load a checkpoint that it cannot load by itself, until `undo`."
+
+    def __init__(self, trainer: Trainer, checkpoint: Path, weights_only: bool):
+        self.trainer, self.checkpoint, self.weights_only = trainer, checkpoint, weights_only
+        self.is_resharded = False
+        strategy = trainer.strategy
+        self.native_load, self.native_load_optimizer = strategy.load_checkpoint, strategy.load_optimizer_state_dict
+        strategy.load_checkpoint, strategy.load_optimizer_state_dict = self._load, self._load_optimizer
+
+    def undo(self) -> None:
+        for name in ("load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict"):
+            vars(self.trainer.strategy).pop(name, None)
+
+    def _load(self, path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+        with plain_values_only(path) if self.weights_only else nullcontext():
+            return self.native_load(path, weights_only) if is_native(self.trainer, path) else self._load_resharded()
+
+    def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        manifest, here = read_manifest(self.checkpoint), describe_optimizer(self.trainer.optimizers[0])
+        if manifest is None or manifest.optimizer.partition("(")[0] == here.partition("(")[0]:
+            self.native_load_optimizer(checkpoint)
+        else:
+            load_optimizer(self.trainer, self._saved())
+
+    def _load_resharded(self) -> dict[str, Any]:
+        saved, strategy = self._saved(), self.trainer.strategy
+        if zero_stage(strategy):
+            load_sharded_model(self.trainer, saved)
+            load_optimizer(self.trainer, saved)
+            strategy.load_model_state_dict = lambda *_, **__: None
+        else:
+            load_full_model(saved)
+            strategy.load_optimizer_state_dict = lambda *_: load_optimizer(self.trainer, saved)
+        return saved.content
+
+    def _saved(self) -> SavedTraining:
+        self.is_resharded = True
+        return SavedTraining(self.checkpoint, self.weights_only)
+
 # %% ../../nbs/checkpoint/17_reshard.ipynb #1dda888b
 class ContinueFrom(Callback):
     """Resumes a training from a checkpoint of ddp or ZeRO, whatever stage and number of ranks it is of.
 
-    Every rank needs to see its files. The first rank's word on which checkpoint it is counts for all."""
-
-    _exchanged = ("load_checkpoint", "load_model_state_dict", "load_optimizer_state_dict")
+    Every rank needs to see its files. Which checkpoint it is, and the Trainer's `accumulate_grad_batches`, is decided by rank 0."""
 
     def __init__(
         self,
@@ -155,59 +194,27 @@ class ContinueFrom(Callback):
         weights_only: bool | None = None,  # None: unless this installation wrote it; False runs what its pickles name
     ):
         self.checkpoint, self.weights_only = checkpoint and Path(checkpoint), weights_only
-        self.is_reshaped = False
+        self.loading: _Loading | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         if trainer.is_global_zero and self.checkpoint and self.weights_only is None:
             self.weights_only = not is_own(self.checkpoint)
-        self.checkpoint, self.weights_only = trainer.strategy.broadcast((self.checkpoint, self.weights_only))
-        connector, strategy = trainer._checkpoint_connector, trainer.strategy
-        resume_start, load_checkpoint = connector.resume_start, strategy.load_checkpoint
-        load_optimizer_state = strategy.load_optimizer_state_dict
-
-        def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-            with plain_values_only(path) if self.weights_only else nullcontext():
-                return load_checkpoint(path, weights_only) if is_native(trainer, path) else self._load_other(trainer)
-
-        def load_states(checkpoint: dict[str, Any]) -> None:
-            load_optimizer_state(checkpoint) if self._is_same_optimizer(trainer) else self._load_states(trainer)
-
+        decided = (self.checkpoint, self.weights_only, trainer.accumulate_grad_batches)
+        self.checkpoint, self.weights_only, trainer.accumulate_grad_batches = trainer.strategy.broadcast(decided)
+        connector = trainer._checkpoint_connector
+        resume_start = connector.resume_start
         # Also where it is None: under SLURM Lightning would look for a checkpoint of its own in the run's folder.
         connector.resume_start = lambda *_, **__: resume_start(self.checkpoint, weights_only=self.weights_only)
-        if self.checkpoint is None:
-            return
-        strategy.load_checkpoint, strategy.load_optimizer_state_dict = load, load_states
-
-    def _is_same_optimizer(self, trainer: Trainer) -> bool:
-        manifest, here = read_manifest(self.checkpoint), describe_optimizer(trainer.optimizers[0])
-        return manifest is None or manifest.optimizer.partition("(")[0] == here.partition("(")[0]
-
-    def _load_states(self, trainer: Trainer) -> None:
-        load_optimizer(trainer, self._saved())
-
-    def _saved(self) -> SavedTraining:
-        self.is_reshaped = True
-        return SavedTraining(self.checkpoint, self.weights_only)
-
-    def _load_other(self, trainer: Trainer) -> dict[str, Any]:
-        saved, strategy = self._saved(), trainer.strategy
-        if zero_stage(strategy):
-            load_cut_model(trainer, saved)
-            load_optimizer(trainer, saved)
-            strategy.load_model_state_dict = lambda *_, **__: None
-        else:
-            load_whole_model(saved)
-            strategy.load_optimizer_state_dict = lambda *_: load_optimizer(trainer, saved)
-        return saved.content
+        self.loading = _Loading(trainer, self.checkpoint, self.weights_only) if self.checkpoint else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name in self._exchanged:
-            vars(trainer.strategy).pop(name, None)
         vars(trainer._checkpoint_connector).pop("resume_start", None)
-        if self.is_reshaped:
-            _restore_learning_rates(trainer)
+        if self.loading:
+            self.loading.undo()
+            if self.loading.is_resharded:
+                _restore_learning_rates(trainer)
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2f2cc272
 def _restore_learning_rates(trainer: Trainer) -> None:

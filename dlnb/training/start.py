@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.search import UNFINISHED, Found, examine, find_checkpoint, tidy
@@ -21,6 +26,15 @@ from ..system.heartbeat import beats
 from ..system.lock import LOCK, check_free, find_holder, hold
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
+
+# %% ../../nbs/training/01_start.ipynb #f716aef4
+def is_rank_zero(config: RunConfig) -> bool:
+    "What `Trainer.is_global_zero` is going to be, before there is a Trainer: Lightning looks for a launcher in this order."
+    if config.resolved.strategy == "single_device":
+        return True
+    launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment, LightningEnvironment)
+    launcher = next(kind for kind in launchers if kind.detect())()
+    return launcher.node_rank() == launcher.local_rank() == 0
 
 # %% ../../nbs/training/01_start.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
@@ -90,9 +104,9 @@ def _check_more_to_train(config: RunConfig, found: Found) -> None:
 
 
 @contextmanager
-def run_lock_held(trainer: Trainer, record: RunRecord, what: str, remedy: str = "Wait for it, or end it.") -> Iterator[None]:
+def run_lock_held(config: RunConfig, record: RunRecord, what: str, remedy: str = "Wait for it, or end it.") -> Iterator[None]:
     "Hold the lock of the run's folder, on rank 0. Raises `ValueError`, before a file is written, where another process has it."
-    if not trainer.is_global_zero:
+    if not is_rank_zero(config):
         yield
         return
     with hold(record.folder, what, remedy):
@@ -139,7 +153,7 @@ def _limit(record: RunRecord, name: str) -> int:
 
 def check_unchanged(record: RunRecord, sources: dict[str, str]) -> None:
     "Raise `ValueError` where a finished run is of other source than there is now."
-    if (places := changed(record.sources, sources)) and rank_zero_only.rank == 0:
+    if places := changed(record.sources, sources):
         raise ValueError(
             f"{record.folder} has finished, and is of other source: {', '.join(places)} changed since. Give resume='never' to train "
             f"beside it, or restore the source. RunRecord.read({str(record.folder)!r}) shows its result."
