@@ -23,6 +23,7 @@ from .predictions.merge import merge_predictions
 from .predictions.plots import confusion_matrix
 from .predictions.writer import PredictionWriter
 from .system.atomic import write_json
+from .system.log import log
 from .tracking.record import RunRecord
 from .tracking.sources import source_hashes
 from .tracking.wandb import wandb_logger
@@ -70,7 +71,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     record.sources = source_hashes(config.model_class, config.data_class)
     if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):
-            print(line)
+            log.warning(line)
     with quiet_lightning():
         trainer = _inference_trainer(config, record)
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):

@@ -18,6 +18,7 @@ from .config import RunConfig
 from .consolidate import consolidate
 from .errors import Pruned
 from .optim import provide_optimizers
+from .system.log import log
 from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
 from .training.build import OPTIMIZER, build_data, build_model, meanings_kept, take_given
@@ -46,7 +47,7 @@ def fit(
     if is_finished(record, config):
         if is_rank_zero(config):
             check_unchanged(record, sources)
-        print(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
+        log.info(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
         return record
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
     leave_old_store()
@@ -100,7 +101,7 @@ def _announce_early_stop(trainer: Trainer) -> None:
     "Say why, where the training has ended before its last epoch: also of a metric that is NaN."
     callback = trainer.early_stopping_callback
     if trainer.is_global_zero and trainer.should_stop and callback is not None and callback.stopping_reason_message:
-        print(f"Stopped early, after {trainer.current_epoch} epochs. {callback.stopping_reason_message}")
+        log.info(f"Stopped early, after {trainer.current_epoch} epochs. {callback.stopping_reason_message}")
 
 
 def _recorder(trainer: Trainer) -> RunRecorder:

@@ -14,6 +14,7 @@ from .search.plan import open_study, plan_search
 from .search.scheduler import Scheduler
 from .search.study import StudyConfig
 from .search.trial_queue import best_trial
+from .system.log import log
 from .tracking.record import RunRecord
 
 # %% ../nbs/10_tuner.ipynb #c3d71c45
@@ -41,5 +42,5 @@ def tune(
             best = best_trial(queue.all(), config.monitor_mode)
             record.best_score = best and best.value
     if best:
-        print(f"\nTo train with the best parameters: -p best_params {plan.folder / 'best_params.json'}")
+        log.info(f"To train with the best parameters: -p best_params {plan.folder / 'best_params.json'}")
     return done

@@ -13,7 +13,7 @@ from warm import warm_python
 
 EXECUTE = "from nbclient.cli import main; main()"
 TRAINS_LONG = "11_examples"  # half a minute alone
-COLD = ("04_strategy", "05_lock", "06_progress")  # they look at what a process imports, and stop processes by their ids
+COLD = ("04_strategy", "06_lock", "07_progress")  # they look at what a process imports, and stop processes by their ids
 
 
 @pytest.mark.timeout(300)

@@ -70,6 +70,16 @@ def test_there_is_something_to_check():
     assert {name_of(module).partition(".")[0] for module in MODULES} == set(ORDER)
 
 
+def test_what_is_reported_goes_through_the_log():
+    prints = {
+        name_of(module)
+        for module in MODULES
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert prints == {"system.log", "consolidate", "callbacks.progress_bar"}  # the handler, a command's result, a terminal's line
+
+
 def test_the_package_is_what_the_notebooks_export(copy):
     for module in (copy / "dlnb").rglob("*.py"):
         module.unlink()

@@ -13,6 +13,7 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.training_manifest import sample_counts
 from ..errors import unknown
 from ..optimizers.target import zero_stage
+from ..system.log import log
 
 # %% ../../nbs/callbacks/03_checks.ipynb #1e820e72
 class CheckMonitor(Callback):
@@ -66,7 +67,7 @@ class CheckLengths(Callback):
                     "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to begin again."
                 )
             if trainer.is_global_zero:
-                print(told)
+                log.warning(told)
 
 
 def _are_known(*lengths: list[int | None]) -> bool:

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 
+from ..system.log import log
+
 # %% ../../nbs/callbacks/04_loss.ipynb #b5ae503d
 NEVER = 2**62  # a step that no training reaches
 
@@ -58,6 +60,6 @@ class CheckLoss(Callback):
             return
         self.first = None
         if trainer.is_global_zero:
-            print(
+            log.warning(
                 f"The loss is NaN or infinite since optimizer step {step}, and the training continues. With terminate_on_nan=True it ends there."
             )

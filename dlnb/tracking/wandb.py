@@ -19,6 +19,7 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ..system.log import log
 from .record import RunRecord
 
 # %% ../../nbs/tracking/09_wandb.ipynb #6b0d4e84
@@ -83,7 +84,7 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     if run.url:
-        print(f"W&B: {run.url}")
+        log.info(f"W&B: {run.url}")
     return run
 
 # %% ../../nbs/tracking/09_wandb.ipynb #bfed2b30
@@ -100,7 +101,7 @@ def _end_wandb(run: Any, record: RunRecord) -> None:
     finally:
         run.finish(exit_code=0 if record.status == "finished" else 1)
     if record.wandb["mode"] == "offline":
-        print(f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}")
+        log.info(f"W&B was offline. To send this run: wandb sync {record.folder / 'wandb'}/offline-run-*-{record.wandb['id']}")
 
 # %% ../../nbs/tracking/09_wandb.ipynb #3005d746
 def _artifact_of(record: RunRecord) -> Any:

@@ -18,6 +18,7 @@ from ..checkpoint.trust import key_file
 from ..checkpoint.weights import check_weights
 from ..config import RunConfig
 from ..formats.reader import read_layout
+from ..system.log import log
 from ..tracking.environment import package_versions
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
@@ -79,14 +80,14 @@ def plan_run(config: RunConfig, record: RunRecord) -> RunPlan:
 def _announce(plan: RunPlan) -> None:
     start, saved = plan.start, plan.manifest
     for damaged in start.damaged if start else ():
-        print(damaged)
+        log.warning(damaged)
     if start:
-        print(f"Resuming from {start.path}" + (f": {saved.place}" if saved else ""))
+        log.info(f"Resuming from {start.path}" + (f": {saved.place}" if saved else ""))
     if saved:
         for line in describe_differences(saved, plan.record.sources):
-            print(line)
+            log.warning(line)
         if not start.own:
-            print(f"It carries no mark of the key {key_file()}, so that plain values alone are read from it.")
+            log.info(f"It carries no mark of the key {key_file()}, so that plain values alone are read from it.")
 
 
 def describe_differences(saved: Manifest | RunRecord, sources: dict[str, str]) -> list[str]:

@@ -24,6 +24,7 @@ from ..config import RunConfig
 from ..formats.reader import read_layout
 from ..system.heartbeat import beats
 from ..system.lock import LOCK, check_free, find_holder, hold
+from ..system.log import log
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
 
@@ -122,7 +123,7 @@ def _check_older_version(record: RunRecord, what: str) -> None:
     if record.status != "running" or record.machine or not record.attempts:
         return
     whose = f"{record.folder} is being {what} by process {record.pid} on {record.host} since {record.started}"
-    print(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a heartbeat.", flush=True)
+    log.warning(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a heartbeat.")
     if beats(record.path, 40):
         raise ValueError(f"{whose}. Wait for it, or end it.")
 
