@@ -115,7 +115,7 @@ def test_every_package_that_is_imported_is_required():
     lines = settings["DEFAULT"]["requirements"].split("\n")
     required = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_").lower() for line in lines if line.strip()}
     names = (
-        {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipykernel"}
+        {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipython"}
         | dict.fromkeys(["traitlets", "jupyter_core", "nbformat", "zmq"], "nbclient")
         | {"click": "papermill"}
     )
