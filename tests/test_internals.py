@@ -18,10 +18,14 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
+def defined_in(nodes: list[ast.AST]) -> set[str]:
+    return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+
+
 def own_names() -> set[str]:
     "What dlnb defines itself: functions, classes, and attributes that it sets."
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
-    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    defined = defined_in(nodes)
     fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
@@ -34,6 +38,24 @@ def test_the_installed_libraries_have_what_is_listed(name):
         pytest.skip("DeepSpeed is installed on Linux alone")
     missing = internals.missing(getattr(internals, name))
     assert not missing, "\n".join(missing)
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    "Attributes, what is imported, and the methods of classes: all by which a name of another library can be used."
+    nodes = list(ast.walk(tree))
+    imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0 for alias in node.names}
+    return imported | {node.attr for node in nodes if isinstance(node, ast.Attribute)} | defined_in(nodes)
+
+
+def test_each_of_them_is_used_in_one_room():
+    rooms = {}
+    for internal in internals.LIGHTNING + internals.OTHERS + internals.DEEPSPEED:
+        for name in internal.names:
+            rooms.setdefault(name, set()).add(f"dlnb/{internal.room.replace('.', '/')}.py")
+    names = {path: names_in(tree) for path, tree in TREES.items()}
+    used = {name: {path for path in names if name in names[path]} for name in rooms}
+    public = {"resume_start"}  # a parameter of ours too
+    assert {name: places for name, places in used.items() if places != rooms[name] and name not in public} == {}
 
 
 def test_every_private_name_of_another_library_is_listed():

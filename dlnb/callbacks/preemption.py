@@ -27,6 +27,7 @@ from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.training_manifest import manifest_of
 from ..errors import Preempted
 from ..system.job import announce_preempted, announce_stop
+from ..system.trainer_internals import handle_signals_by
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #56092eb1
 WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while the training saves
@@ -113,9 +114,7 @@ class StopTogether(Callback):
         add_boundaries(trainer)
         self.is_over.value = 0
         process_loaders(trainer, partial(_with_patient_workers, is_over=self.is_over))
-        connector = trainer._signal_connector
-        for name in ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"):  # what Lightning is about to register
-            setattr(connector, name, self.receive)
+        handle_signals_by(trainer, self.receive)
         self.handler_before = signal.signal(signal.SIGUSR1, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:

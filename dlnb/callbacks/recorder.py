@@ -19,6 +19,7 @@ from ..checkpoint.manifest import Manifest
 from ..config import RunConfig
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
+from ..system.trainer_internals import logged_steps
 from ..tracking.metrics import MetricsLogger
 from ..tracking.record import RunRecord
 
@@ -94,7 +95,7 @@ class RunRecorder(Callback):
         if trainer.is_global_zero:
             self._note(resolved=resolved)
             if isinstance(trainer.logger, MetricsLogger):
-                trainer.logger.file.keep_before(trainer.fit_loop.epoch_loop._batches_that_stepped)  # what rows are counted by
+                trainer.logger.file.keep_before(logged_steps(trainer))  # what rows are counted by
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.update(trainer, finished_epochs=trainer.current_epoch + 1)

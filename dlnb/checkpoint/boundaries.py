@@ -12,6 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from ..system.trainer_internals import is_at_step_within_epoch
+
 # %% ../../nbs/checkpoint/09_boundaries.ipynb #6accb0ed
 def call_after(owner: Any, name: str, then: Callable) -> None:
     "Have `then` called after a method of one object."
@@ -39,7 +41,7 @@ def add_boundaries(trainer: Trainer) -> None:
                 callback.on_boundary(trainer, trainer.lightning_module)
 
     def after_batch(*_: Any) -> None:
-        if not epoch_loop._should_accumulate() and not epoch_loop._num_ready_batches_reached():
+        if is_at_step_within_epoch(trainer):
             call()  # after the last batch comes the end of the epoch
 
     call_after(epoch_loop, "on_advance_end", after_batch)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
@@ -24,6 +23,7 @@ from .manifest import KEY, Manifest
 from .metric_state import metric_states, own_buffers, restore_buffers, restore_metrics
 from .random_state import generator_states, seed_generators, set_generator_states
 from .training_manifest import manifest_of
+from ..system.trainer_internals import data_fetcher, last_metrics, load_loader_states, loaders_of, set_sampler_epoch
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #00c80826
 def rescale_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def rescale_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #11052e44
 def drawing_samplers(trainer: Trainer) -> list[ResumableBatches]:
     "The samplers that draw their order from the generators."
-    loaders = trainer.fit_loop._combined_loader.flattened
+    loaders = loaders_of(trainer.fit_loop)
     samplers = [loader.batch_sampler for loader in loaders if isinstance(loader, ResumableLoader)]
     return [sampler for sampler in samplers if not isinstance(sampler.sampler, DistributedSampler)]
 
@@ -98,7 +98,7 @@ class RankStates:
             together = self.saved if trainer.is_global_zero else []
             ranks = [own] if own else together
             restore_metrics(trainer, [rank["metrics"] for rank in ranks])
-            trainer._logger_connector._callback_metrics.update(self.saved[0]["metrics"]["callback_metrics"])
+            last_metrics(trainer).update(self.saved[0]["metrics"]["callback_metrics"])
         self.saved = None
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #41a5dd23
@@ -116,16 +116,16 @@ def resume_position(
     own = states.own(trainer)
     if own is None and (states.saved[0]["begun"] or drawing_samplers(trainer)):
         warn_of_order()
-    loaders, batches = fit_loop._combined_loader.flattened, trained_batches(trainer)
+    loaders, batches = loaders_of(fit_loop), trained_batches(trainer)
     for loader in loaders:
-        _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+        set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
     skipping = all(hasattr(loader, "load_state_dict") for loader in loaders)
     begin(Start(batches if skipping else 0, own["begun"] if own else None))
     if states.loaders:
-        fit_loop._combined_loader._load_state_dicts(states.loaders)
-    iter(fit_loop._data_fetcher)  # Lightning has begun an epoch already, to count its batches
+        load_loader_states(trainer, states.loaders)
+    iter(data_fetcher(trainer))  # Lightning has begun an epoch already, to count its batches
     if not skipping:
-        read_and_drop(fit_loop._data_fetcher, batches)
+        read_and_drop(data_fetcher(trainer), batches)
     call_once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #baadfa82

@@ -14,13 +14,14 @@ from lightning.pytorch import Trainer
 from torch import distributed
 
 from .boundaries import call_after
+from ..system.trainer_internals import last_metrics, logged_results
 
 # %% ../../nbs/checkpoint/10_metric_state.ipynb #001a4704
 def metric_states(trainer: Trainer) -> dict[str, Any]:
     "What has been summed up on this rank: Lightning's own averages, and the states of torchmetrics' objects."
     from torchmetrics import Metric
 
-    results = trainer.fit_loop.epoch_loop._results
+    results = logged_results(trainer)
     logged = {
         key: [metric.value, getattr(metric, "cumulated_batch_size", None)]
         for key, metric in results.items()
@@ -31,7 +32,7 @@ def metric_states(trainer: Trainer) -> dict[str, Any]:
         for name, module in trainer.lightning_module.named_modules()
         if isinstance(module, Metric)
     }
-    return {"logged": logged, "objects": objects, "callback_metrics": dict(trainer._logger_connector._callback_metrics)}
+    return {"logged": logged, "objects": objects, "callback_metrics": dict(last_metrics(trainer))}
 
 # %% ../../nbs/checkpoint/10_metric_state.ipynb #b3b2c542
 def restore_metrics(
@@ -42,7 +43,7 @@ def restore_metrics(
     for name in ranks[0]["objects"] if ranks else ():
         if name in modules:
             _restore_metric(modules[name], [rank["objects"][name] for rank in ranks])
-    results = trainer.fit_loop.epoch_loop._results
+    results = logged_results(trainer)
     waiting = {key: [rank["logged"][key] for rank in ranks] for key in (ranks[0]["logged"] if ranks else ())}
 
     def add(fx: str, name: str, *_: Any, **__: Any) -> None:

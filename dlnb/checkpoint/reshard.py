@@ -27,6 +27,7 @@ from ..formats.reader import read_layout
 from ..formats.zero import model_states_file
 from ..optim import base_optimizer, describe_optimizer
 from ..optimizers.target import zero_stage
+from ..system.trainer_internals import resume_as_usual, resume_at
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2d22ae70
 class SavedTraining:
@@ -203,14 +204,11 @@ class ContinueFrom(Callback):
             self.weights_only = not is_own(self.checkpoint)
         decided = (self.checkpoint, self.weights_only, trainer.accumulate_grad_batches)
         self.checkpoint, self.weights_only, trainer.accumulate_grad_batches = trainer.strategy.broadcast(decided)
-        connector = trainer._checkpoint_connector
-        resume_start = connector.resume_start
-        # Also where it is None: under SLURM Lightning would look for a checkpoint of its own in the run's folder.
-        connector.resume_start = lambda *_, **__: resume_start(self.checkpoint, weights_only=self.weights_only)
+        resume_at(trainer, self.checkpoint, self.weights_only)
         self.loading = _Loading(trainer, self.checkpoint, self.weights_only) if self.checkpoint else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        vars(trainer._checkpoint_connector).pop("resume_start", None)
+        resume_as_usual(trainer)
         if self.loading:
             self.loading.undo()
             if self.loading.is_resharded:

@@ -13,13 +13,14 @@ from .boundaries import trained_batches
 from .manifest import Manifest
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
+from ..system.trainer_internals import loaders_of
 from ..tracking.environment import package_versions
 
 # %% ../../nbs/checkpoint/11_training_manifest.ipynb #f23b9a28
 def sample_counts(trainer: Trainer) -> dict[str, list[int | None]]:
     "The lengths of the datasets of training and validation, one per loader; None for one that has none."
     loops = {"train": trainer.fit_loop, "val": trainer.fit_loop.epoch_loop.val_loop}
-    loaders = {name: getattr(loop._combined_loader, "flattened", []) for name, loop in loops.items()}
+    loaders = {name: loaders_of(loop) for name, loop in loops.items()}
     return {name: [sized_len(getattr(loader, "dataset", None)) for loader in of] for name, of in loaders.items()}
 
 

@@ -30,6 +30,11 @@ HEARTBEAT_EVERY = 20.0  # seconds between two heartbeats of a worker
 STALE_AFTER = 120.0  # seconds without a heartbeat after which a worker on another machine counts as stale
 
 
+def trial_id(row: FrozenTrial) -> int:
+    "What the study's storage knows a trial by, whichever study it is of."
+    return row._trial_id
+
+
 def _worker(row: FrozenTrial) -> Process | None:
     "The process that runs a trial; None where it has claimed the trial and not signed it yet."
     if (signed := row.user_attrs.get("worker")) is None:
@@ -79,35 +84,35 @@ class TrialQueue(StudyTrials):
 
     def _set_running(self, row: FrozenTrial) -> bool:
         try:
-            if not self.storage.set_trial_state_values(row._trial_id, TrialState.RUNNING):
+            if not self.storage.set_trial_state_values(trial_id(row), TrialState.RUNNING):
                 return False
         except UpdateFinishedTrialError:
             return False
-        self.storage.set_trial_user_attr(row._trial_id, "worker", asdict(Process.this()))
-        self.heartbeat(row._trial_id)
+        self.storage.set_trial_user_attr(trial_id(row), "worker", asdict(Process.this()))
+        self.heartbeat(trial_id(row))
         return True
 
-    def heartbeat(self, trial_id: int) -> None:
+    def heartbeat(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):
-            self.storage.set_trial_user_attr(trial_id, "alive", time.time())
+            self.storage.set_trial_user_attr(id, "alive", time.time())
 
-    def requeue(self, trial_id: int) -> None:
+    def requeue(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):
-            self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            self.storage.set_trial_state_values(id, TrialState.WAITING)
 
     def requeue_stale(self) -> None:
         "Requeue the trials of stale workers."
         with self.locked():
             for row in self.all():
                 if row.state == TrialState.RUNNING and self.is_stale(row):
-                    self.requeue(row._trial_id)
+                    self.requeue(trial_id(row))
 
     def is_stale(self, row: FrozenTrial) -> bool:
         "Whether a running trial's worker has died, or has sent no heartbeat since this process first looked."
         worker = _worker(row)
         if worker and worker.is_here:
             return not worker.is_running
-        silence = self.silences[row._trial_id].of((worker, row.user_attrs.get("alive")))
+        silence = self.silences[trial_id(row)].of((worker, row.user_attrs.get("alive")))
         return silence > (STALE_AFTER if worker else HEARTBEAT_EVERY)
 
 # %% ../../nbs/search/03_trial_queue.ipynb #df990800

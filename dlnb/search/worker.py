@@ -20,7 +20,7 @@ from .plan import SearchPlan
 from .report import write_best
 from .space import draw
 from .trial import run_trial
-from .trial_queue import ExhaustibleStudy, TrialQueue
+from .trial_queue import ExhaustibleStudy, TrialQueue, trial_id
 from .trial_ranks import Outcome
 
 # %% ../../nbs/search/08_worker.ipynb #eb199038
@@ -73,18 +73,18 @@ class Worker:
         return ExhaustibleStudy(self.plan.name, self.queue.storage, sampler=sampler, pruner=pruner)
 
     def run(self, row: FrozenTrial, devices: list[int]) -> None:
-        self.running.add(row._trial_id)
+        self.running.add(trial_id(row))
         study = self.load_study(row.number)
         outcome = Outcome("stopped")
         try:
-            training = TrialTraining(self.plan, optuna.trial.Trial(study, row._trial_id), row.intermediate_values.keys())
+            training = TrialTraining(self.plan, optuna.trial.Trial(study, trial_id(row)), row.intermediate_values.keys())
             outcome = training.run(devices, self.stop)
             if outcome.state != "stopped":
                 self._tell(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
         finally:
-            self.running.remove(row._trial_id)
+            self.running.remove(trial_id(row))
             if outcome.state == "stopped":
-                self.queue.requeue(row._trial_id)
+                self.queue.requeue(trial_id(row))
         self.exhausted = self.exhausted or study.exhausted
 
     def _tell(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:

@@ -17,60 +17,82 @@ class Internal(NamedTuple):
 
     owner: str  # "package.module:Class", or "package.module"
     names: tuple[str, ...]
-    use: str  # what dlnb needs them for
+    room: str  # the module of dlnb that uses them, and no other
+    use: str  # what for
 
 
-def _internal(owner: str, names: str, use: str) -> Internal:
-    return Internal(owner, tuple(names.split()), use)
+def _internal(owner: str, names: str, room: str, use: str) -> Internal:
+    return Internal(owner, tuple(names.split()), room, use)
 
 # %% ../../nbs/system/09_internals.ipynb #55196ee3
-_LOOPS, _CONNECTORS = "lightning.pytorch.loops", "lightning.pytorch.trainer.connectors"
-LIGHTNING = (
-    _internal(f"{_LOOPS}.fit_loop:_FitLoop", "_combined_loader _data_fetcher", "resume within an epoch"),
+_LOOPS, _CONNECTORS, _ROOM = "lightning.pytorch.loops", "lightning.pytorch.trainer.connectors", "system.trainer_internals"
+TRAINER = (
+    _internal(f"{_LOOPS}.fit_loop:_FitLoop", "_combined_loader _data_fetcher", _ROOM, "resume within an epoch"),
     _internal(
         f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop",
         "_batches_that_stepped _results _should_accumulate _num_ready_batches_reached",
+        _ROOM,
         "know when an optimizer step is complete, and keep what has been logged",
     ),
-    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", "restore data loaders"),
-    _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", "give samplers the epoch that is resumed"),
+    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", _ROOM, "restore data loaders"),
+    _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", _ROOM, "give samplers the epoch that is resumed"),
     _internal(
         "lightning.pytorch.trainer.trainer:Trainer",
         "_signal_connector _checkpoint_connector _logger_connector",
+        _ROOM,
         "reach the three connectors below",
     ),
-    _internal(f"{_CONNECTORS}.signal_connector:_SignalConnector", "_sigterm_notifier_fn _slurm_sigusr_handler_fn", "preempt"),
-    _internal(f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector", "resume_start", "resume from another strategy"),
-    _internal(f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector", "_callback_metrics", "restore logged metrics"),
+    _internal(f"{_CONNECTORS}.signal_connector:_SignalConnector", "_sigterm_notifier_fn _slurm_sigusr_handler_fn", _ROOM, "preempt"),
+    _internal(f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector", "resume_start", _ROOM, "resume from another strategy"),
+    _internal(f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector", "_callback_metrics", _ROOM, "restore logged metrics"),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #a1849995
-LIGHTNING += (
+LIGHTNING = (
+    *TRAINER,
     _internal(
         "lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
         "_save_monitor_checkpoint _save_last_checkpoint _monitor_candidates _get_metric_interpolated_filepath_name",
+        "checkpoint.model_checkpoint",
         "save when Lightning does, and rank checkpoints by paths that may move",
     ),
-    _internal("lightning.pytorch.strategies.launchers.subprocess_script", "_launch_process_observer", "watch ranks itself"),
-    _internal("lightning.pytorch.loggers.wandb:WandbLogger", "_wandb_init _experiment", "start W&B late, and survive its errors"),
-    _internal("lightning.fabric.loggers.logger", "_DummyExperiment", "stand in for W&B where it has failed"),
+    _internal(
+        "lightning.pytorch.strategies.launchers.subprocess_script", "_launch_process_observer", "launch.kernel", "watch ranks itself"
+    ),
+    _internal(
+        "lightning.pytorch.loggers.wandb:WandbLogger", "_wandb_init _experiment", "tracking.wandb", "start W&B late, and survive its errors"
+    ),
+    _internal("lightning.fabric.loggers.logger", "_DummyExperiment", "tracking.wandb", "stand in for W&B where it has failed"),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #51ea50fd
 OTHERS = (
-    _internal("torchmetrics.metric:Metric", "_defaults _reductions _update_count", "resume what a metric has accumulated"),
-    _internal("torch.utils._pytree", "tree_leaves tree_map", "visit tensors in nested structures"),
-    _internal("torch.utils.cpp_extension", "_get_build_directory", "find out whether an operator is compiled"),
-    _internal("torch.nn.modules.batchnorm", "_NormBase", "exempt normalization from weight decay"),
-    _internal("torch.distributed.checkpoint.state_dict_loader", "_load_state_dict", "read a checkpoint of FSDP without ranks"),
-    _internal("optuna.trial:FrozenTrial", "_trial_id", "address a row of a study's storage"),
-    _internal("optuna.trial:Trial", "_trial_id", "address a row of a study's storage"),
-    _internal("nbclient.client:NotebookClient", "_async_poll_for_reply", "wait for outputs that are still arriving"),
+    _internal(
+        "torchmetrics.metric:Metric",
+        "_defaults _reductions _update_count",
+        "checkpoint.metric_state",
+        "resume what a metric has accumulated",
+    ),
+    _internal("torch.utils._pytree", "tree_leaves", "checkpoint.host_copy", "count the bytes of nested tensors"),
+    _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),
+    _internal("torch.utils.cpp_extension", "_get_build_directory", "optimizers.compiled", "find out whether an operator is compiled"),
+    _internal("torch.nn.modules.batchnorm", "_NormBase", "optimizers.groups", "exempt normalization from weight decay"),
+    _internal(
+        "torch.distributed.checkpoint.state_dict_loader",
+        "_load_state_dict",
+        "formats.distributed",
+        "read a checkpoint of FSDP without ranks",
+    ),
+    _internal("optuna.trial:FrozenTrial", "_trial_id", "search.trial_queue", "address a row of a study's storage"),
+    _internal(
+        "nbclient.client:NotebookClient", "_async_poll_for_reply", "launch.kernel_client", "wait for outputs that are still arriving"
+    ),
 )
 DEEPSPEED = (
     _internal(
         "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
         "_get_param_partition_rank",
+        "checkpoint.partition",
         "find which elements a rank holds",
     ),
 )
@@ -87,7 +109,7 @@ def missing(
 ) -> list[str]:  # a sentence for each one
     "What the installed libraries do not have."
     sentences = []
-    for owner, names, use in internals:
+    for owner, names, _, use in internals:
         module, _, cls = owner.partition(":")
         try:
             holder = getattr(import_module(module), cls) if cls else import_module(module)
