@@ -22,7 +22,8 @@ TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
 INFER = TRAIN.with_name("infer.ipynb")
 
 
-COMPILE = "from dlnb.optim import build_problem; [build_problem(name) for name in ('DeepSpeedCPUAdam', 'FusedAdam')]"
+COMPILE = "import sys; from dlnb.optim import build_problem; build_problem(sys.argv[1])"
+OPERATORS = {"cpu_adam": "DeepSpeedCPUAdam", "fused_adam": "FusedAdam"}
 
 
 def is_compiled(operator: str) -> bool:
@@ -39,8 +40,14 @@ def is_compiled(operator: str) -> bool:
 FAST = ("bad_records config consolidate data examples foreign_files internals project query resume_errors settings track").split()
 
 
+# Files whose tests share nothing: each goes to whichever worker is free. Those of another file share trained runs and stay together.
+SPREAD = ("test_notebooks", "test_hangs", "test_restart", "test_engine")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.path.stem not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.path.stem.removeprefix("test_") in FAST and item.get_closest_marker("soak") is None:
             item.add_marker(pytest.mark.fast)
 
@@ -49,9 +56,12 @@ def pytest_sessionstart(session):
     "DeepSpeed's operators are compiled before the tests begin: beside them it takes longer than a test may."
     options = session.config.option
     idle = hasattr(session.config, "workerinput") or options.collectonly or options.markexpr == "fast"
-    if not idle and not all(map(is_compiled, ("cpu_adam", "fused_adam"))):
+    missing = [] if idle else [OPERATORS[operator] for operator in OPERATORS if not is_compiled(operator)]
+    if missing:
         print("Compiling DeepSpeed's optimizers, once for this environment; it takes a few minutes.", flush=True)
-        subprocess.run([sys.executable, "-c", COMPILE], timeout=1200)
+    builds = [subprocess.Popen([sys.executable, "-c", COMPILE, optimizer]) for optimizer in missing]
+    for build in builds:
+        build.wait(timeout=1200)
 
 
 @pytest.fixture(scope="session", autouse=True)
