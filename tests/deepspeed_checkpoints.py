@@ -110,13 +110,16 @@ class Net(torch.nn.Module):
 
 def configuration(spec: Spec) -> dict:
     "DeepSpeed's, with nothing in it that has to be compiled."
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     zero = {
         "stage": spec.stage,
         "sub_group_size": spec.sub_group_size,
         "stage3_param_persistence_threshold": spec.persistence_threshold,
         "round_robin_gradients": spec.round_robin,
-        "parameter_alignment": spec.alignment,
     }
+    if "parameter_alignment" in DeepSpeedZeroConfig.model_fields:  # since 0.19.7
+        zero["parameter_alignment"] = spec.alignment
     if spec.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}

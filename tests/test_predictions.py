@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 from warm import warm_python
@@ -247,7 +247,7 @@ def places(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("merge")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), length=st.integers(1, 80))
 def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, length, small_sizes, places):
     folder, single = places(), places()
@@ -262,7 +262,7 @@ def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, leng
     assert [path.name for path in folder.iterdir()] == ["predictions.parquet"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), length=st.integers(2, 40))
 def test_repeated_and_missing_samples_are_counted_and_the_first_is_named(data, length, small_sizes, places):
     within = st.integers(0, length - 2)  # the last one stays, for it tells how many there are

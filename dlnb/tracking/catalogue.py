@@ -6,7 +6,9 @@
 __all__ = ['runs', 'listed_runs']
 
 # %% ../../nbs/tracking/07_catalogue.ipynb #38c1c948
+import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +87,14 @@ def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
     for group in ("model_args", "data_args"):
         values = _setting(record, group, dict, {})
         parts[group] = {name: str(value) if isinstance(value, NESTED) else value for name, value in values.items()}
-    return parts
+    return {group: {name: _fitting(value) for name, value in values.items()} for group, values in parts.items()}
+
+
+def _fitting(value: Any) -> Any:
+    "A value that a column of floats can hold: pandas before 3 has no integers beyond them."
+    if type(value) is int and abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return value
 
 
 def _own_columns(record: RunRecord, plain: dict[str, Any]) -> dict[str, Any]:
