@@ -390,7 +390,7 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
             raise ValueError(unknown("trainer_args", name, known - set(RunConfig.model_fields)))
 
 # %% ../nbs/05_config.ipynb #4e943b5b
-def check_searched(
+def check_searchable(
     field: str,  # for the error's sentence
     name: str,  # of a parameter: a setting, or `model_args.NAME`
 ) -> None:
@@ -412,7 +412,7 @@ def apply_params(
     "Settings with a study's parameters in place of their own. Raises `ValueError` for one that a search may not vary."
     values = dict(values)
     for name, value in params.items():
-        check_searched("params", name)
+        check_searchable("params", name)
         field, _, argument = name.partition(".")
         values[field] = read_dictionary(values.get(field)) | {argument: value} if argument else value
     return values

@@ -55,7 +55,7 @@ def consolidate(
 ) -> Path:  # the file to open; where there are several, their index
     """Write a checkpoint's weights into one file, without loading them, and without running anything that its pickles name.
 
-    The file appears whole or not at all. ZeRO's weights are its float32 master copy. Tied weights stand once, and
+    The file gets its name when it is complete. ZeRO's weights are its float32 master copy. Tied weights stand once, and
     `safetensors.torch.load_model` ties them again. Raises `FileNotFoundError` and `FileExistsError`, `ValueError` for a
     checkpoint that is damaged, incomplete or of an unknown kind, and `OSError` where the disk is full, each naming the file.
     """

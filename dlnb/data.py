@@ -7,7 +7,6 @@ __all__ = ['Split', 'epoch_order', 'EpochSampler', 'EvaluationSampler', 'evaluat
 
 # %% ../nbs/02_data.ipynb #974c9133
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sized
 from functools import wraps
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler
 
 from .errors import unknown
+from .system.processes import usable_cores
 
 # %% ../nbs/02_data.ipynb #72af2906
 def epoch_order(
@@ -126,11 +126,6 @@ def average_integers_exactly(strategy: Strategy) -> None:
     strategy.reduce = exact_reduce
 
 # %% ../nbs/02_data.ipynb #b3d70825
-def usable_cores() -> list[int]:
-    "The cores that this process may use."
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def suggested_num_workers(
     local_ranks: int = 1,  # ranks on this machine
     compute_threads: int = 1,  # of a rank: 1 where a GPU computes, torch's number of threads on a CPU
@@ -275,7 +270,7 @@ class DataModule(_Splits):
         return _make_loader(self, split, EvaluationSampler(dataset, **ranks), batch_size)
 
 # %% ../nbs/02_data.ipynb #a670f99f
-def remade(
+def make_loader_like(
     loader: DataLoader,  # whose options are kept
     cls: type[DataLoader],  # of the new loader
     dataset: Dataset,  # for the new loader
@@ -299,7 +294,7 @@ def _in_shares(loader: Any, num_replicas: int, rank: int) -> Any:
         return loader
     batch_size = evaluation_batch_size(len(loader.dataset), num_replicas, batches.batch_size)
     sampler = EvaluationSampler(loader.dataset, num_replicas, rank)
-    return remade(loader, DataLoader, loader.dataset, batch_size=batch_size, sampler=sampler)
+    return make_loader_like(loader, DataLoader, loader.dataset, batch_size=batch_size, sampler=sampler)
 
 # %% ../nbs/02_data.ipynb #0a13eec6
 def evaluate_exactly(

@@ -128,8 +128,8 @@ def _begin_again(nb, fresh, crashes: list[str]) -> None:
 
     lines = [f"Attempt {number} crashed: {crash}" for number, crash in enumerate(crashes, 1)]
     logger.warning(lines[-1])
-    told = nbformat.v4.new_markdown_cell("  \n".join(lines), metadata=nbformat.from_dict({"papermill": {}, "tags": []}))
-    nb.cells, nb.metadata = [told, *copy.deepcopy(fresh.cells)], copy.deepcopy(fresh.metadata)
+    note = nbformat.v4.new_markdown_cell("  \n".join(lines), metadata=nbformat.from_dict({"papermill": {}, "tags": []}))
+    nb.cells, nb.metadata = [note, *copy.deepcopy(fresh.cells)], copy.deepcopy(fresh.metadata)
 
 
 def _keep_in_run(nb, folder: Path) -> None:

@@ -37,7 +37,7 @@ from .training.trainer import check_interactive, make_trainer, quiet_lightning
 def evaluate(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
     predictions: bool = False,  # also predict, where the model defines `predict_step`: one pass more
-    **settings: Any,  # of `dlnb.checkpoint.weights.INFERENCE`; None for the run's own, or for what is here
+    **settings: Any,  # of `dlnb.checkpoint.weights.INFERENCE_SETTINGS`; None for the run's own, or for what is here
 ) -> RunRecord:
     """Test a model on the samples of its data's test split, each once on any number of ranks.
 
@@ -50,7 +50,7 @@ def evaluate(
 def predict(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
     split: str = "predict",  # or "test"
-    **settings: Any,  # of `dlnb.checkpoint.weights.INFERENCE`; None for the run's own, or for what is here
+    **settings: Any,  # of `dlnb.checkpoint.weights.INFERENCE_SETTINGS`; None for the run's own, or for what is here
 ) -> RunRecord:
     """Predict the samples of a split, each once on any number of ranks.
 

@@ -21,7 +21,7 @@ from .optim import provide_optimizers
 from .system.log import log
 from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
-from .training.build import OPTIMIZER, build_data, build_model, meanings_kept, take_given
+from .training.build import OPTIMIZER, build_data, build_model, meanings_kept, with_objects
 from .training.plan import RunPlan, check_fits, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
@@ -41,7 +41,7 @@ def fit(
     A run that has finished with these settings is returned as it is. Raises `ValueError` where its source has changed since, or what is
     passed is not what the settings name; and what the training raises, which the record says too.
     """
-    config, sources = take_given(config, model=model, data=data)
+    config, sources = with_objects(config, model=model, data=data)
     config = as_own_run(config)
     record = find_run(config)
     if is_finished(record, config):

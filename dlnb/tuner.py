@@ -24,7 +24,7 @@ def tune(
 ) -> optuna.Study:
     """Search for the parameters that make `config.monitor` best. The study's folder then holds best_params.json.
 
-    A study that is complete is returned as it is; one that was killed goes on. Raises `ValueError` before anything is started or written for
+    A study that is complete is returned as it is; one that was killed is resumed. Raises `ValueError` before anything is started or written for
     settings that do not fit, and `TuningError` where `max_failures` trials fail one after the other.
     """
     plan = plan_search(config, study)

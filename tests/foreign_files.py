@@ -272,7 +272,7 @@ BAD = [
     ("an index of three million shards", index(b'{"weight_map":{' + b'"a":"b",' * 3_000_000 + b'"a":"b"}}'), "more than 2,000,000 values"),
     ("an index whose shard is a pipe", lambda folder: (os.mkfifo(folder / "a.safetensors"), index({"a": "a.safetensors"}, ())(folder))[1], "no regular file"),
     # zips
-    ("a zip that was cut", cut_zip, "is cut off"),
+    ("a zip that was cut", cut_zip, "is truncated"),
     ("a zip of compressed members", archive(pickled({}), compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
     ("a zip bomb for a pickle", archive(b"\x80\x02]" + b"N" * 100_000_000, compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
     ("a zip bomb for a storage", archive(b"\x80\x02}.", {"0": bytes(100_000_000)}, zipfile.ZIP_DEFLATED), "compressed or encrypted"),

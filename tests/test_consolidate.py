@@ -194,10 +194,10 @@ BROKEN = {
     "the last shard is gone": ("three", lambda c: shard(c, "optim", 1).unlink(), "rank_1_mp_rank_00_optim_states.pt is missing"),
     "a model state is gone": ("three", lambda c: shard(c, "model", 1).unlink(), "rank_1_mp_rank_00_model_states.pt is missing"),
     "the model states are gone": ("two", lambda c: (c / "checkpoint/mp_rank_00_model_states.pt").unlink(), "model_states.pt is missing"),
-    "a shard was cut": ("three", lambda c: cut(shard(c, "optim", 1), 1), "rank_1_mp_rank_00_optim_states.pt is cut off"),
-    "a shard was cut elsewhere": ("two", lambda c: cut(shard(c, "optim", 0), 2), "rank_0_mp_rank_00_optim_states.pt is cut off"),
-    "a model state was cut": ("three", lambda c: cut(shard(c, "model", 0), 3), "rank_0_mp_rank_00_model_states.pt is cut off"),
-    "a shard is empty": ("three", lambda c: shard(c, "optim", 0).write_bytes(b""), "rank_0_mp_rank_00_optim_states.pt is cut off"),
+    "a shard was cut": ("three", lambda c: cut(shard(c, "optim", 1), 1), "rank_1_mp_rank_00_optim_states.pt is truncated"),
+    "a shard was cut elsewhere": ("two", lambda c: cut(shard(c, "optim", 0), 2), "rank_0_mp_rank_00_optim_states.pt is truncated"),
+    "a model state was cut": ("three", lambda c: cut(shard(c, "model", 0), 3), "rank_0_mp_rank_00_model_states.pt is truncated"),
+    "a shard is empty": ("three", lambda c: shard(c, "optim", 0).write_bytes(b""), "rank_0_mp_rank_00_optim_states.pt is truncated"),
     "a shard's pickle is garbled": ("three", lambda c: garble(shard(c, "optim", 0)), "rank_0_mp_rank_00_optim_states.pt is"),
     "a shard is of a later step": ("three", lambda c: shutil.copy(shard(c.parent / "later", "optim", 1), shard(c, "optim", 1)), "is of another save"),
     "a shard is of another model": ("three", lambda c: shutil.copy(shard(c.parent / "other", "optim", 1), shard(c, "optim", 1)), "rank 1 holds"),
@@ -239,7 +239,7 @@ def test_a_shard_cut_anywhere_is_never_taken_for_whole(saved, name, tmp_path):
         for seed in range(60):
             shutil.copytree(saved[name], tmp_path / "in", dirs_exist_ok=True)
             cut(tmp_path / "in/checkpoint" / path.name, seed)
-            with pytest.raises(ValueError, match="is cut off|is damaged"):
+            with pytest.raises(ValueError, match="is truncated|is damaged"):
                 consolidate(tmp_path / "in", tmp_path / "model.safetensors")
 
 

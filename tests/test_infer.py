@@ -195,7 +195,7 @@ WRONG = {
     "an unknown argument": ({"model_args": {"widht": 8}}, "widht"),
     "no such model": ({"model": "dlnb.examples:DigitNet"}, "Did you mean 'DigitsNet'"),
     "a text": ({"run": "notes.ckpt"}, "has no run.json to tell its model"),
-    "a text with a model": ({"run": "notes.ckpt", "model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits"}, "notes.ckpt is cut off, damaged"),
+    "a text with a model": ({"run": "notes.ckpt", "model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits"}, "notes.ckpt is truncated, damaged"),
     "an unknown precision": ({"precision": "fp8"}, "precision"),
     "no batch": ({"batch_size": 0}, "batch_size"),
 }  # fmt: skip

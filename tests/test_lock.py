@@ -165,7 +165,7 @@ from dlnb.system.lock import hold
 root = Path(sys.argv[1])
 while not (root / "go").exists(): time.sleep(0.001)
 try:
-    with hold(root / "run", watch=1):
+    with hold(root / "run", stale_after=1):
         print("held", flush=True)
         while not (root / "stop").exists(): time.sleep(0.01)
 except ValueError:
@@ -239,7 +239,7 @@ def test_a_process_that_cannot_be_seen_keeps_its_run_by_any_sign_of_life(tmp_pat
             return str(tmp_path)
 
     with touching(Backwards(), every=0.2), pytest.raises(ValueError, match="is being trained by process .* on node7 since then"):
-        with hold(tmp_path, "trained", watch=30):
+        with hold(tmp_path, "trained", stale_after=30):
             pass
     assert "cannot be seen from here" in capsys.readouterr().out
 
@@ -248,7 +248,7 @@ def test_a_process_that_cannot_be_seen_is_taken_for_dead_when_it_is_silent(tmp_p
     sign(tmp_path, Process("node7", "another boot", os.getpid(), began_at(os.getpid())))
     waiting = Watch(tmp_path, seconds=0.5)
     assert find_holder(tmp_path) is None and waiting.may_be_held
-    with hold(tmp_path, watch=0.6):
+    with hold(tmp_path, stale_after=0.6):
         assert waiting.may_be_held  # now by this process
     assert not waiting.may_be_held
 
@@ -260,7 +260,7 @@ import time, dlnb.system.lock, dlnb.system.processes
 dlnb.system.lock._lock = lambda descriptor: True
 dlnb.system.processes.machine = lambda: "another one"
 try:
-    with dlnb.system.lock.hold({str(tmp_path)!r}, watch=3): print("held", flush=True), time.sleep(100)
+    with dlnb.system.lock.hold({str(tmp_path)!r}, stale_after=3): print("held", flush=True), time.sleep(100)
 except ValueError: print("refused", flush=True)
 """
     with running(sys.executable, "-c", code) as one, running(sys.executable, "-c", code) as other:
@@ -309,8 +309,8 @@ OLD = {"mode": "train", "status": "running", "attempts": 1, "host": "node7", "pi
 def test_a_run_of_an_older_version_is_watched_by_its_record(trained, tmp_path, monkeypatch, capsys):
     from dlnb.training import start
 
-    waited, beats = [], start.beats
-    monkeypatch.setattr(start, "beats", lambda path, seconds: waited.append(seconds) or beats(path, 1))  # not 40 s
+    waited, has_heartbeat = [], start.has_heartbeat
+    monkeypatch.setattr(start, "has_heartbeat", lambda path, seconds: waited.append(seconds) or has_heartbeat(path, 1))  # not 40 s
     config = RunConfig(**trained.settings | {"root": str(tmp_path)})
     config.folder().mkdir(parents=True)
     record = config.folder() / "run.json"

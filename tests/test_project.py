@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, TRAIN
 
-from dlnb.checkpoint.weights import INFERENCE
+from dlnb.checkpoint.weights import INFERENCE_SETTINGS
 from dlnb.config import RunConfig
 from dlnb.launch.parameters import parameter_names
 from dlnb.search.study import StudyConfig
@@ -169,7 +169,7 @@ def test_a_chapter_opens_as_all_do(path):
 def test_a_workflow_is_short_and_takes_every_setting(path):
     notebook = nbformat.read(path, 4)
     search = {*RunConfig.model_fields, *StudyConfig.model_fields} - {"resume", "best_params"}
-    settings = {"infer": {"run", "split", *INFERENCE}, "tune": search}.get(path.stem, set(RunConfig.model_fields))
+    settings = {"infer": {"run", "split", *INFERENCE_SETTINGS}, "tune": search}.get(path.stem, set(RunConfig.model_fields))
     assert len(notebook.cells) <= 12
     assert settings <= set(parameter_names(notebook))
 

@@ -129,7 +129,7 @@ BAD = {
     "a run with damaged checkpoints": (all_damaged, {}, "No checkpoint is complete"),
     "safetensors": (lambda run: run / "model.safetensors", {}, "holds weights, but not where a training was"),
     "weights alone": (plain_weights, {}, "holds weights, but not where a training was"),
-    "a checkpoint that is cut off": (cut_off, {}, "last.ckpt"),
+    "a checkpoint that is truncated": (cut_off, {}, "last.ckpt"),
     "a checkpoint with a flipped byte": (lambda run: flip_a_byte(last(run)), {}, "is damaged"),
     "a checkpoint without loops": (lambda run: rewrite(last(run), lambda values: values.pop("loops")), {}, "not where a training was"),
     "a newer format": (lambda run: rewrite(last(run), lambda values: values[KEY].update(format=9)), {}, "was written by a newer dlnb"),

@@ -60,14 +60,14 @@ class CheckLengths(Callback):
             before, now = saved.samples.get(split, []), here[split]
             if before == now or not _are_known(before, now):
                 continue
-            told = f"The {name} data has {_counted(now)} samples, and had {_counted(before)} when the checkpoint was saved."
+            message = f"The {name} data has {_counted(now)} samples, and had {_counted(before)} when the checkpoint was saved."
             if split == "train" and saved.batch:
                 raise ValueError(
-                    f"{told} The checkpoint is {saved.batch} batches into an epoch, a place that this data does not have. Restore the "
+                    f"{message} The checkpoint is {saved.batch} batches into an epoch, a place that this data does not have. Restore the "
                     "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to begin again."
                 )
             if trainer.is_global_zero:
-                log.warning(told)
+                log.warning(message)
 
 
 def _are_known(*lengths: list[int | None]) -> bool:

@@ -38,7 +38,7 @@ class MarkProgress(Callback):
     def mark(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         "Note that this rank is a step further."
         if self.progress is None and self.timeout and (folder := os.environ.get(PROGRESS)):
-            with suppress(OSError):  # the folder may just have been swept from the temporary folder
+            with suppress(OSError):  # the folder may just have been cleaned out of the temporary folder
                 self.progress = Progress(Path(folder), trainer.global_rank, self.timeout)
         if self.progress is not None:
             self.progress.mark()

@@ -29,7 +29,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _master_dtype(optimizer: Any) -> str:
-    "The dtype that the optimizer steps in. ZeRO keeps its own cut copy of the parameters, under a name for each stage."
+    "The dtype that the optimizer steps in. ZeRO keeps its own partitioned copy of the parameters, under a name for each stage."
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         if partitions := getattr(optimizer, name, None):
             return _dtype_name(partitions[0].dtype)

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .random_state import generator_states, seed_generators, set_generator_states
-from ..data import EpochSampler, remade
+from ..data import EpochSampler, make_loader_like
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #925af801
 class _Batch(list):
@@ -143,4 +143,4 @@ def resumable(
     if type(loader) is not DataLoader or not isinstance(batches, BatchSampler) or isinstance(loader.dataset, IterableDataset):
         return loader
     sampler = ResumableBatches(batches, where, start)
-    return remade(loader, ResumableLoader, _SeededDataset(loader.dataset), batch_sampler=sampler)
+    return make_loader_like(loader, ResumableLoader, _SeededDataset(loader.dataset), batch_sampler=sampler)

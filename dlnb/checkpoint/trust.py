@@ -48,7 +48,7 @@ def _read_key(path: Path) -> bytes:
 
 # %% ../../nbs/checkpoint/00_trust.ipynb #0d756f0d
 def _make_key(path: Path) -> None:
-    "A kill leaves no key or a whole one; of two processes that make one at the same time, the first wins."
+    "A kill leaves no key or a complete one; of two processes that make one at the same time, the first wins."
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -49,12 +49,12 @@ def _weights_of_run(record: RunRecord) -> Path:
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #69e9402c
 _OF_THE_RUN = RunConfig.fields_with(inference="run")  # read from the run's record where they are not given
-INFERENCE = (*_OF_THE_RUN, *RunConfig.fields_with(inference="given"))
+INFERENCE_SETTINGS = (*_OF_THE_RUN, *RunConfig.fields_with(inference="given"))
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #473aa663
 def inference_config(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
-    **settings: Any,  # of `INFERENCE`; None for the run's own, or for what is here
+    **settings: Any,  # of `INFERENCE_SETTINGS`; None for the run's own, or for what is here
 ) -> RunConfig:  # its `resume` is the path of the weights
     """The settings to use a run's weights with.
 
@@ -63,8 +63,8 @@ def inference_config(
     """
     source = find_weights(run)
     for name in settings:
-        if name not in INFERENCE:
-            raise ValueError(unknown("setting", name, INFERENCE))
+        if name not in INFERENCE_SETTINGS:
+            raise ValueError(unknown("setting", name, INFERENCE_SETTINGS))
     given = {name: value for name, value in settings.items() if value is not None}
     kept = {name: value for name, value in source.record.settings.items() if name in _OF_THE_RUN} if source.record else {}
     for part in ("model", "data"):

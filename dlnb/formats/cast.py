@@ -61,7 +61,7 @@ def arrays(weight: Weight) -> Iterator[Any]:
             for start in range(0, piece.size, BUFFER):
                 content = file.read(min(BUFFER, piece.size - start))
                 if len(content) < min(BUFFER, piece.size - start):
-                    raise ValueError(f"{piece.path} is cut off: it ends before byte {piece.offset + piece.size}.")
+                    raise ValueError(f"{piece.path} is truncated: it ends before byte {piece.offset + piece.size}.")
                 yield numpy.frombuffer(content, dtype)
 
 # %% ../../nbs/formats/10_cast.ipynb #484adbfe

@@ -74,7 +74,7 @@ PORTION = 1 << 26  # bytes
 
 
 def _portions(moves: Iterable[Move]) -> Iterator[list[Move]]:
-    "Moves in lists of about `PORTION` bytes; a longer one is cut."
+    "Moves in lists of about `PORTION` bytes; a longer one is split."
     portion, size = [], 0
     for piece, target, position in moves:
         for start in range(0, piece.size, PORTION):
@@ -97,7 +97,7 @@ def _move(portion: list[Move]) -> int:
             try:
                 _copy(opened[piece.path], piece.offset, target, position, piece.size)
             except EOFError:
-                raise ValueError(f"{piece.path} is cut off: it ends before byte {piece.offset + piece.size}.") from None
+                raise ValueError(f"{piece.path} is truncated: it ends before byte {piece.offset + piece.size}.") from None
             _begin_writing(target, position, piece.size)
     return sum(move.piece.size for move in portion)
 

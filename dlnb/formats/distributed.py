@@ -118,7 +118,7 @@ def _check_places(folder: Path, places: Iterable[Any]) -> None:
             raise ValueError(f"{folder}: its .metadata names {shown(name)}, which is no plain file in it.")
         with open_regular(folder / name) as file:
             if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
-                raise ValueError(f"{folder / name} is cut off: {place.length} bytes from {place.offset} on are needed.")
+                raise ValueError(f"{folder / name} is truncated: {place.length} bytes from {place.offset} on are needed.")
 
 
 @contextmanager

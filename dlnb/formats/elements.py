@@ -51,8 +51,8 @@ def _contents(weight: Weight, first: int, last: int) -> Iterator[tuple[memoryvie
         position = 0
         for values in arrays(weight):
             content = memoryview(values).cast("B")
-            cut = slice(max(first - position, 0), max(last - position, 0))
-            yield content[cut], position + min(cut.start, len(content))
+            wanted = slice(max(first - position, 0), max(last - position, 0))
+            yield content[wanted], position + min(wanted.start, len(content))
             position += len(content)
         return
     position = 0
@@ -61,6 +61,6 @@ def _contents(weight: Weight, first: int, last: int) -> Iterator[tuple[memoryvie
         if begin < end:
             content = np.fromfile(piece.path, np.uint8, end - begin, offset=piece.offset + begin - position)
             if len(content) < end - begin:
-                raise ValueError(f"{piece.path} is cut off: it ends before byte {piece.offset + piece.size}.")
+                raise ValueError(f"{piece.path} is truncated: it ends before byte {piece.offset + piece.size}.")
             yield memoryview(content), begin
         position += piece.size

@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> Layout:
             weights[name] = Weight(entry["dtype"], tuple(entry["shape"]), partial(iter, [piece]))
         tied = {name: to for name, to in metadata.items() if name != "format" and name not in weights and to in weights}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is cut off, damaged, or no safetensors file ({error}).") from error
+        raise ValueError(f"{path} is truncated, damaged, or no safetensors file ({error}).") from error
     return Layout(weights, tied)
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #19db83ef

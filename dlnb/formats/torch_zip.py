@@ -39,7 +39,7 @@ class _Directory(io.BufferedReader):
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #f2dfa296
 class Members:
-    "The members of a zip file, by their names without the first folder. Raises `ValueError` for a file that was cut, or is none."
+    "The members of a zip file, by their names without the first folder. Raises `ValueError` for a file that is truncated, or is none."
 
     def __init__(self, path: str | Path):
         self.path, self.members = Path(path), {}
@@ -59,7 +59,7 @@ class Members:
             raise self._damage(error) from error
 
     def _damage(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.path} is cut off, damaged, or no file of torch.save (torch 1.6 or newer): {shown(str(error))}.")
+        return ValueError(f"{self.path} is truncated, damaged, or no file of torch.save (torch 1.6 or newer): {shown(str(error))}.")
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #243fab63
 class StoredMembers(Members):
@@ -92,13 +92,13 @@ class StoredMembers(Members):
                 raise ValueError(f"{self.path} is damaged: {shown(member)} has no header.")
             begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             if begin + info.file_size > self.size:
-                raise ValueError(f"{self.path} is cut off: {shown(member)} is not all there.")
+                raise ValueError(f"{self.path} is truncated: {shown(member)} is not all there.")
             self._begins[member] = begin
         return self._begins[member]
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #392f63f8
 class Archive(StoredMembers):
-    "The storages of a file that `torch.save` wrote. Raises `ValueError` for any other file, and for one that was cut."
+    "The storages of a file that `torch.save` wrote. Raises `ValueError` for any other file, and for one that is truncated."
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -121,7 +121,7 @@ class Archive(StoredMembers):
         member: str,
         limit: int,  # bytes
     ) -> bytes:
-        "A whole member. Raises `ValueError` where it is longer, or not what was written."
+        "A complete member. Raises `ValueError` where it is longer, or not what was written."
         self.check(member, 0, 0)
         info = self.members[member]
         if info.file_size > limit:

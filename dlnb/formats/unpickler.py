@@ -209,7 +209,7 @@ def _number(kind: struct.Struct) -> Callable[[Unpickler], None]:
     return lambda machine: machine.stack.append(machine.number(kind))
 
 
-def _whole(length: struct.Struct) -> Callable[[Unpickler], None]:
+def _integer(length: struct.Struct) -> Callable[[Unpickler], None]:
     return lambda machine: machine.put(int.from_bytes(machine.bytes(length), "little", signed=True))
 
 
@@ -231,8 +231,8 @@ _VALUES: dict[bytes, Callable[[Unpickler], None]] = {
     b"M": _number(_SHORT),
     b"J": _number(_INT),
     b"G": _number(_FLOAT),
-    b"\x8a": _whole(_BYTE),
-    b"\x8b": _whole(_COUNT),
+    b"\x8a": _integer(_BYTE),
+    b"\x8b": _integer(_COUNT),
     b"X": _text(_COUNT),
     b"\x8c": _text(_BYTE),
     b"\x8d": _text(_LONG),

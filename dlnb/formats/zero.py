@@ -114,7 +114,7 @@ class _Vector:
         self.ends = list(accumulate(tensor.size for tensor in tensors))
         self.size = self.ends[-1] if self.ends else 0  # elements
 
-    def cut(self, start: int, stop: int) -> Iterator[Piece]:
+    def slice(self, start: int, stop: int) -> Iterator[Piece]:
         "The pieces that make up the elements from `start` up to `stop`."
         width = ITEM_SIZES[self.dtype]
         part = bisect_right(self.ends, start)
@@ -137,7 +137,7 @@ def _flat_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> d
         vector, offset, last = _Vector([part[index] for part in parts]), 0, 0
         for (name, shape), after in zip(shapes.items(), padding, strict=True):
             last = end = offset + math.prod(checked_shape(shape))
-            weights[name] = Weight(vector.dtype, tuple(shape), partial(vector.cut, offset, end))
+            weights[name] = Weight(vector.dtype, tuple(shape), partial(vector.slice, offset, end))
             offset = end + checked_shape([after])[0]
         align = 2 * ranks  # as in DeepSpeed's own check: what is missing or left is less than this
         if -(-offset // align) != -(-vector.size // align) or last > vector.size:
@@ -162,7 +162,7 @@ def _partitioned_weight(parts: Sequence[_Vector], offset: int, shape: Sequence[i
 
     def pieces() -> Iterator[Piece]:
         for rank, part in enumerate(parts):
-            yield from part.cut(offset, offset + min(length, max(0, size - rank * length)))
+            yield from part.slice(offset, offset + min(length, max(0, size - rank * length)))
 
     return Weight(parts[0].dtype, tuple(shape), pieces)
 
@@ -276,12 +276,12 @@ def _assemble(folder: Path) -> Layout:
     models, optimizers = read_all_shards(folder)
     if not optimizers:
         return stored_layout(models[0]["module"], models[0])
-    cut = _is_partitioned(optimizers)
-    key = "fp32_flat_groups" if cut else "single_partition_of_fp32_groups"
+    partitioned = _is_partitioned(optimizers)
+    key = "fp32_flat_groups" if partitioned else "single_partition_of_fp32_groups"
     weights = locate_weights(folder, [optimizer[key] for optimizer in optimizers], models[0], optimizers)
-    weights |= _frozen_weights(models) if cut else {}
+    weights |= _frozen_weights(models) if partitioned else {}
     tied = _tied_names(models[0], weights)
-    stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not cut)
+    stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not partitioned)
     _warn_of_unsaved(folder, models[0]["module"].keys() - weights.keys() - tied.keys() - stored.weights.keys() - stored.tied.keys())
     return Layout(weights | stored.weights, tied | stored.tied, models[0])
 

@@ -50,11 +50,11 @@ def _record_hang(folder: Path, rank: int, pid: int, watch: ProgressWatch) -> boo
     longest = min(state.timeout for state in watch.ranks.values()) + PATIENCE
     if rank not in watch.ranks or (rank not in watch.suspects() and watch.idle < longest):
         return False
-    told = watch.describe()
+    message = watch.describe()
     stacks = collect_stacks(folder, {rank: watch.ranks[rank]})[rank]
     record = next((record for record in read_ranks(folder) if record.rank == rank), Rank(rank, pid))
-    record.status, record.time, record.ename, record.evalue = "failed", time.time(), "NoProgress", told
-    record.traceback = [told, stacks]
+    record.status, record.time, record.ename, record.evalue = "failed", time.time(), "NoProgress", message
+    record.traceback = [message, stacks]
     record.write(folder)
     time.sleep(LINGER)
     return True

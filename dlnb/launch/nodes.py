@@ -22,6 +22,7 @@ from typing import Any
 
 from .environment import external_rank
 from .rank_record import Rank, read_ranks
+from ..system.atomic import new_text_file
 
 # %% ../../nbs/launch/09_nodes.ipynb #14115c56
 def node_ranks() -> list[int]:
@@ -82,7 +83,8 @@ class Collector:
         place.mkdir(mode=0o700, exist_ok=True)
         if place.is_symlink() or place.stat().st_uid != os.getuid():
             raise PermissionError(f"{place} belongs to somebody else.")
-        _write_whole(place / "token", self.token)
+        with new_text_file(place / "token") as file:
+            file.write(self.token)
 
     def look(self) -> None:
         "Copy what is new. An error of the filesystem is no error of the job: the next look is soon."
@@ -118,12 +120,6 @@ def _received(message: str) -> Rank:
     content = json.loads(message)
     rank = Rank(**content["record"])
     return replace(rank, time=time.time() - max(content["sent"] - rank.time, 0), host=content["host"])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def _read_from(path: Path, position: int) -> bytes:  # at most 16 MiB
@@ -192,7 +188,8 @@ class Reporter:
             self.stopping = True
         if text != self.record:
             message = {"host": node_name(), "sent": time.time(), "record": json.loads(text)}
-            _write_whole(self.place / f"{self.token}-rank-{self.rank}.json", json.dumps(message))
+            with new_text_file(self.place / f"{self.token}-rank-{self.rank}.json") as file:
+                json.dump(message, file)
             self.record = text
 
     @property

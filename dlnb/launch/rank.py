@@ -58,7 +58,7 @@ def run_rank(
 
 # %% ../../nbs/launch/07_rank.ipynb #12c8bcdd
 def _run_cell(shell, cell) -> bool:
-    "Run a cell as nbclient does in the kernel; whether the notebook goes on."
+    "Run a cell as nbclient does in the kernel; whether the notebook continues."
     tags = cell.metadata.get("tags", [])
     if cell.cell_type != "code" or not cell.source.strip() or "skip-execution" in tags:
         return True

@@ -34,7 +34,7 @@ class Rank:
     host: str = ""  # the node, where it is another one: its process ids mean nothing here
 
     def write(self, folder: Path) -> None:
-        "Write the record into the job folder, whole or not at all; not where the engine has left with the folder."
+        "Write the record into the job folder, atomically; not where the engine has left with the folder."
         path = folder / f"rank-{self.rank}.json"
         while await_job_folder(folder):
             with suppress(FileNotFoundError):  # a cleaner of temporary files is just removing it

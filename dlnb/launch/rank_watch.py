@@ -62,11 +62,11 @@ def hang(folder: Path, progress: ProgressWatch) -> Rank | None:
     longest = min(state.timeout for state in progress.ranks.values()) + OTHERS_FIRST
     if not suspects and external_rank() is not None and progress.idle < longest:
         return None  # the rank to blame may be on another node, whose papermill sees it
-    told = progress.describe()
+    message = progress.describe()
     stacks = collect_stacks(folder, progress.ranks)
-    lines = [told, *(f"\nRank {rank}:\n{text or 'does not answer'}" for rank, text in stacks.items())]
+    lines = [message, *(f"\nRank {rank}:\n{text or 'does not answer'}" for rank, text in stacks.items())]
     culprit = min(suspects or progress.ranks)
     cells = {rank.rank: rank.cell for rank in read_ranks(folder)}
-    failure = Rank(culprit, progress.ranks[culprit].pid, cell=cells.get(culprit, 0), ename="NoProgress", evalue=told)
+    failure = Rank(culprit, progress.ranks[culprit].pid, cell=cells.get(culprit, 0), ename="NoProgress", evalue=message)
     failure.traceback, failure.time = lines, time.time() - GRACE  # there is nothing to wait for
     return failure

@@ -16,12 +16,12 @@ from typing import Any
 import optuna
 
 from ..config import RunConfig, short_hash
-from ..data import usable_cores
 from .space import Space, read_space
 from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
 from .trial_ranks import Share
+from ..system.processes import usable_cores
 
 # %% ../../nbs/search/06_plan.ipynb #f1c79e18
 def check_searchable_run(config: RunConfig) -> None:

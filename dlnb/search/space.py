@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ..config import RunConfig, apply_params, check_searched
+from ..config import RunConfig, apply_params, check_searchable
 from ..errors import unknown
 from ..settings.import_path import load_function
 from ..settings.text import read_text
@@ -74,7 +74,7 @@ def read_space(
 
 # %% ../../nbs/search/00_space.ipynb #0eab3ffb
 def _checked(name: str, what: Any, config: RunConfig) -> BaseDistribution:
-    check_searched(f"search_space[{name!r}]", name)
+    check_searchable(f"search_space[{name!r}]", name)
     drawn = distribution(name, what)
     for value in _edges(drawn):
         try:

@@ -55,6 +55,6 @@ def _forget_progress(folder: Path) -> None:
 
 def _hung(folder: Path, watch: ProgressWatch) -> Outcome:
     "The outcome of a trial whose ranks make no progress."
-    told = watch.describe()
+    message = watch.describe()
     stacks = collect_stacks(folder, watch.ranks)
-    return Outcome("failed", "\n".join([told, *(f"\nRank {rank}:\n{text}" for rank, text in stacks.items())]))
+    return Outcome("failed", "\n".join([message, *(f"\nRank {rank}:\n{text}" for rank, text in stacks.items())]))

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import RunConfig
-from ..data import usable_cores
 from ..launch.rank import redirect_output
 from ..system.job import JOB
-from ..system.processes import describe_exit
+from ..system.processes import describe_exit, usable_cores
 from ..system.progress import PROGRESS
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #998c50bd

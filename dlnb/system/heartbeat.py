@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/system/05_heartbeat.ipynb #cfcc4fda
-BEAT = 5.0  # seconds between two heartbeats of a run
-WATCH = 16.0  # seconds without one, after which a process of another machine is taken for dead
+HEARTBEAT_EVERY = 5.0  # seconds between two heartbeats of a run
+STALE_AFTER = 16.0  # seconds without one, after which a process of another machine is taken for dead
 
 
 class Silence:
@@ -48,9 +48,9 @@ def touched_at(path: Path) -> tuple[int, int] | None:
         os.close(descriptor)
 
 
-def beats(
+def has_heartbeat(
     path: Path,
-    seconds: float = WATCH,  # to look for, at most
+    seconds: float = STALE_AFTER,  # to look for, at most
 ) -> bool:
     "Whether a file is touched while one looks. False too where it is removed, or where there is none."
     first, until = touched_at(path), time.monotonic() + seconds
@@ -62,17 +62,17 @@ def beats(
 @contextmanager
 def touching(
     file: Path | int,  # or its descriptor
-    every: float = BEAT,  # seconds
+    every: float = HEARTBEAT_EVERY,  # seconds
 ) -> Iterator[None]:
     "Touch a file in a thread, as long as the `with` block lasts."
     stopped = threading.Event()
 
-    def beat() -> None:
+    def touch_until_stopped() -> None:
         while not stopped.wait(every):
             with suppress(OSError):
                 os.utime(file)
 
-    thread = threading.Thread(target=beat, name="dlnb-heartbeat", daemon=True)
+    thread = threading.Thread(target=touch_until_stopped, name="dlnb-heartbeat", daemon=True)
     thread.start()
     try:
         yield

@@ -17,7 +17,7 @@ RESTORED = 1.5  # seconds within which the engine restores that folder, where a 
 
 
 def await_job_folder(folder: Path) -> bool:
-    "Whether that folder is there. One that was swept from the temporary folder is awaited, as the engine restores it."
+    "Whether that folder is there. One that was cleaned out of the temporary folder is awaited, as the engine restores it."
     deadline = time.monotonic() + RESTORED
     while not folder.is_dir():
         if time.monotonic() > deadline:

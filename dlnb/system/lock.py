@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .heartbeat import BEAT, WATCH, Silence, beats, touched_at, touching
+from .heartbeat import HEARTBEAT_EVERY, STALE_AFTER, Silence, has_heartbeat, touched_at, touching
 from .log import log
 from .processes import Process
 
@@ -122,7 +122,7 @@ def _read(descriptor: int) -> Holder:
         values = json.loads(os.pread(descriptor, 8192, 0))
         host, machine, since, folder = (str(values[name]) for name in ("host", "machine", "since", "folder"))
         return Holder(Process(host, machine, int(values["pid"]), float(values["began"])), since, folder)
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # cut off, or none of dlnb's
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # truncated, or none of dlnb's
         return Holder()
 
 # %% ../../nbs/system/06_lock.ipynb #e70f2fa2
@@ -146,17 +146,17 @@ def find_holder(
     return holder if locked or (holder and holder.is_seen(Path(folder))) else None
 
 # %% ../../nbs/system/06_lock.ipynb #41e3f401
-def _may_live(holder: Holder, folder: Path, watch: float) -> bool:
+def _may_live(holder: Holder, folder: Path, stale_after: float) -> bool:
     "Whether who has signed a file whose lock looks free may hold it. Waits where that cannot be seen."
     if holder.process == Process.this():
         return list(_open_files.values()).count(folder / LOCK) > 1  # this try is one of them
     if holder.process.is_here:
         return holder.is_seen(folder)
-    log.warning(f"{folder} was in use by {holder}. It cannot be seen from here; its heartbeat can: {watch:.0f} s.")
-    return beats(folder / LOCK, watch)
+    log.warning(f"{folder} was in use by {holder}. It cannot be seen from here; its heartbeat can: {stale_after:.0f} s.")
+    return has_heartbeat(folder / LOCK, stale_after)
 
 # %% ../../nbs/system/06_lock.ipynb #1985dea0
-def _find_rival(descriptor: int, is_new: bool, folder: Path, watch: float) -> Holder | None:
+def _find_rival(descriptor: int, is_new: bool, folder: Path, stale_after: float) -> Holder | None:
     "Who else holds the lock or may hold it; None where this process has it. Raises `FileNotFoundError` to try again."
     until = time.monotonic() + PATIENCE
     while not _lock(descriptor):
@@ -165,12 +165,12 @@ def _find_rival(descriptor: int, is_new: bool, folder: Path, watch: float) -> Ho
         time.sleep(0.05)
     _check_name(folder / LOCK, descriptor)
     holder = None if is_new else _read(descriptor)
-    if holder and _may_live(holder, folder, watch):
+    if holder and _may_live(holder, folder, stale_after):
         return holder
     _check_name(folder / LOCK, descriptor)
     _sign(descriptor, folder)
     if holder and not holder.process.is_here:
-        time.sleep(watch / 16)  # another one may have waited as long, and the lock may not keep it away
+        time.sleep(stale_after / 16)  # another one may have waited as long, and the lock may not keep it away
         if (signed := _read(descriptor)).process != Process.this():
             return signed
     return None
@@ -202,8 +202,8 @@ def _close(descriptor: int) -> None:
         os.close(descriptor)
 
 # %% ../../nbs/system/06_lock.ipynb #36003d47
-def _take(folder: Path, told: str, remedy: str, watch: float) -> int:
-    "The descriptor of the lock's file. Raises `ValueError`, which begins with what is told, where another process has it."
+def _acquire(folder: Path, refusal: str, remedy: str, stale_after: float) -> int:
+    "The descriptor of the lock's file. Raises `ValueError`, which begins with the refusal, where another process has it."
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -215,9 +215,9 @@ def _take(folder: Path, told: str, remedy: str, watch: float) -> int:
             continue
         with suppress(FileNotFoundError):
             try:
-                if (rival := _find_rival(descriptor, is_new, folder, watch)) is None:
+                if (rival := _find_rival(descriptor, is_new, folder, stale_after)) is None:
                     return descriptor
-                raise ValueError(f"{told} by {rival}. {remedy}")
+                raise ValueError(f"{refusal} by {rival}. {remedy}")
             except BaseException:
                 _close(descriptor)
                 raise
@@ -238,18 +238,18 @@ def hold(
     folder: str | Path,  # made where it is missing
     what: str = "used",  # what the holder does to it, for the sentence of those who are refused
     remedy: str = "Wait for it, or end it.",
-    beat: float = BEAT,  # seconds between two heartbeats
-    watch: float = WATCH,  # seconds to wait for one of a process that cannot be seen
+    heartbeat_every: float = HEARTBEAT_EVERY,  # seconds between two heartbeats
+    stale_after: float = STALE_AFTER,  # seconds to wait for one of a process that cannot be seen
 ) -> Iterator[None]:
     """Hold a folder's lock as long as the `with` block lasts.
 
     Raises `ValueError` where another process holds it or may hold it, and where its file is a link."""
-    told, folder = f"{folder} is being {what}", Path(folder).absolute()
+    refusal, folder = f"{folder} is being {what}", Path(folder).absolute()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        descriptor = _take(folder, told, remedy, watch)
+        descriptor = _acquire(folder, refusal, remedy, stale_after)
         try:
-            with touching(descriptor, beat):
+            with touching(descriptor, heartbeat_every):
                 yield
         finally:
             _release(folder, descriptor)
@@ -263,11 +263,11 @@ def check_free(
     folder: str | Path,
     what: str = "used",
     remedy: str = "Wait for it, or end it.",
-    watch: float = WATCH,  # as for `hold`
+    stale_after: float = STALE_AFTER,  # as for `hold`
 ) -> None:
     "Raise `ValueError` where another process holds a folder's lock or may hold it. Writes nothing."
     holder, locked = _look(Path(folder).absolute())
-    if locked or (holder and _may_live(holder, Path(folder).absolute(), watch)):
+    if locked or (holder and _may_live(holder, Path(folder).absolute(), stale_after)):
         raise ValueError(f"{folder} is being {what} by {holder}. {remedy}")
 
 
@@ -277,7 +277,7 @@ class Watch:
     def __init__(
         self,
         folder: str | Path,
-        seconds: float = WATCH,  # without a heartbeat, after which one of another machine is taken for dead
+        seconds: float = STALE_AFTER,  # without a heartbeat, after which one of another machine is taken for dead
     ):
         self.folder, self.seconds, self.silence = Path(folder), seconds, Silence()
 

@@ -112,3 +112,8 @@ def describe_exit(
     names = {number.value: number.name for number in signal.Signals}  # real-time signals have none
     hint = "; if nobody did, the system ran out of memory" if -code == signal.SIGKILL and _may_lack_memory() else ""
     return f"was killed by {names.get(-code, f'signal {-code}')}{hint}"
+
+# %% ../../nbs/system/03_processes.ipynb #577d0ea5
+def usable_cores() -> list[int]:
+    "The cores that this process may use."
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -104,7 +104,7 @@ class ProgressWatch:
         return bool(ranks) and self.idle > min(state.timeout for state in ranks.values())
 
     def _read(self) -> Iterator[tuple[int, RankProgress]]:
-        with suppress(OSError):  # a folder may be swept while one looks into it
+        with suppress(OSError):  # a folder may be cleaned away while one looks into it
             for path in self.folder.glob("rank-*.progress"):
                 known = self.files.get(path.name)
                 if known is None or not os.path.samestat(os.fstat(known.fileno()), path.stat()):
@@ -123,8 +123,8 @@ class ProgressWatch:
     def describe(self) -> str:
         "One sentence on what is wrong."
         suspects = [f"rank {rank} {matter}" for rank, matter in self.suspects().items()]
-        told = ", ".join(suspects) or "all of them are equally far, and wait for one another or for something else"
-        return f"no rank has made progress for {self.idle:.0f} s (progress_timeout): {told}"
+        found = ", ".join(suspects) or "all of them are equally far, and wait for one another or for something else"
+        return f"no rank has made progress for {self.idle:.0f} s (progress_timeout): {found}"
 
 # %% ../../nbs/system/07_progress.ipynb #0fe52744
 def _is_stopped(pid: int) -> bool:

@@ -55,7 +55,7 @@ def _build_data(config: RunConfig) -> LightningDataModule:
     return DataModule(config.data_class, arguments, num_workers=workers, **shared)
 
 # %% ../../nbs/training/00_build.ipynb #2eb233a6
-def take_given(
+def with_objects(
     config: RunConfig,
     **objects: LightningModule | LightningDataModule | None,  # model and data; None for what the settings describe
 ) -> tuple[RunConfig, dict[str, str]]:  # the settings of a run with these, and the hashes of the sources

@@ -22,7 +22,7 @@ from ..checkpoint.manifest import read_manifest
 from ..checkpoint.search import UNFINISHED, Found, examine, find_checkpoint, tidy
 from ..config import RunConfig
 from ..formats.reader import read_layout
-from ..system.heartbeat import beats
+from ..system.heartbeat import has_heartbeat
 from ..system.lock import LOCK, check_free, find_holder, hold
 from ..system.log import log
 from ..tracking.record import RunRecord
@@ -45,7 +45,7 @@ def find_run(config: RunConfig) -> RunRecord:
 
 
 def as_own_run(config: RunConfig) -> RunConfig:
-    "A run's folder in `resume` that these very settings mean is that run, which goes on."
+    "A run's folder in `resume` that these very settings mean is that run, which is resumed."
     if not config.origin:
         return config
     own = RunConfig(**config.model_dump() | {"resume": "auto"}).with_given(config.given)
@@ -124,12 +124,12 @@ def _check_older_version(record: RunRecord, what: str) -> None:
         return
     whose = f"{record.folder} is being {what} by process {record.pid} on {record.host} since {record.started}"
     log.warning(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a heartbeat.")
-    if beats(record.path, 40):
+    if has_heartbeat(record.path, 40):
         raise ValueError(f"{whose}. Wait for it, or end it.")
 
 
 def _free_folder(folder: Path) -> Path:
-    "The first of these folders that nobody has taken. The other ranks get rank 0's, when all have joined."
+    "The first of these folders that nobody uses. The other ranks get rank 0's, when all have joined."
     beside = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000))
     return next(path for path in (folder, *beside) if not path.exists() or _is_left(path))
 
