@@ -147,7 +147,7 @@ class Hardware(Settings):
     def world_size(self) -> int:
         "How many ranks train."
         devices = self.resolved.devices
-        return (len(devices) if isinstance(devices, list) else devices) * self.num_nodes
+        return (len(devices) if isinstance(devices, list) else int(devices)) * self.num_nodes
 
 # %% ../nbs/05_config.ipynb #28f74361
 def _resolve(hardware: Hardware) -> dict[str, Any]:

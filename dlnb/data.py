@@ -122,7 +122,7 @@ def average_integers_exactly(strategy: Strategy) -> None:
             tensor = tensor.float()
         return reduce(tensor, *args, **kwargs)
 
-    exact_reduce.is_exact = True
+    vars(exact_reduce)["is_exact"] = True
     strategy.reduce = exact_reduce
 
 # %% ../nbs/02_data.ipynb #b3d70825

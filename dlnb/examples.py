@@ -119,7 +119,7 @@ def _split_of(
     return "train" if share < 0.9 else "val" if share < 0.95 else "test"
 
 # %% ../nbs/11_examples.ipynb #4561db34
-def _library_files(split: Split) -> Iterator[tuple[str, Path]]:
+def _library_files(split: str) -> Iterator[tuple[str, Path]]:
     "Relative path and place of each source file of a split, in an order that does not depend on the file system."
     root = Path(sysconfig.get_path("stdlib"))
     for folder, folders, names in os.walk(root):
@@ -134,7 +134,7 @@ def _library_files(split: Split) -> Iterator[tuple[str, Path]]:
 
 # %% ../nbs/11_examples.ipynb #cef0ac8c
 def _read_library(
-    split: Split,  # of the files
+    split: str,  # of the files
 ) -> tuple[list[str], Tensor]:  # relative paths, and their bytes (uint8) with a zero after each file
     "The source files of a split. Raises `FileNotFoundError` where this Python came without its source."
     files = dict(_library_files(split))

@@ -130,6 +130,19 @@ def test_every_package_that_is_imported_is_required():
     assert len(foreign) > 8 and foreign <= required, foreign - required
 
 
+def test_notebooks_and_tests_are_linted_and_formatted():
+    for command in ("check", "format --check"):
+        done = run("ruff", *command.split(), "--no-cache", cwd=REPOSITORY)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_the_types_of_what_is_exported_fit(tmp_path):
+    done = run("mypy", "--cache-dir", str(tmp_path), cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_notebooks_are_clean(copy):
     before = {path: path.read_bytes() for path in (copy / "nbs").rglob("*.ipynb")}
     assert len(before) == len(NOTEBOOKS)

@@ -110,7 +110,7 @@ class RunRecorder(Callback):
     def note_of_checkpoint(self, trainer: Trainer, manifest: Manifest) -> Callable[[], None]:
         "What the record is going to say when the checkpoint that is now being saved is complete; all ranks call it."
         best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
-        progress = {"epoch": manifest.epoch, "step": manifest.step}
+        progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
         path = _relative(best.best_model_path, self.record.folder)
         if path != self.record.best_checkpoint:
             progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}

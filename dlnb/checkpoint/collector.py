@@ -65,7 +65,7 @@ def _checkpoint_io_collector(files: dict[Path, Any]) -> Any:
 
 # %% ../../nbs/checkpoint/06_collector.ipynb #3ce6840d
 def _deepspeed_collector(engine: Any, files: dict[Path, Any]) -> Any:
-    class Collector(type(engine)):
+    class Collector(type(engine)):  # type: ignore[misc]
         def __init__(self) -> None: ...  # what is set up is only asked of the engine itself
 
         def __getattr__(self, name: str) -> Any:

@@ -66,7 +66,7 @@ def _states_of(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> dict[str
     return dict(other.state[tensor])
 
 
-def _state(example: Any, values: Mapping[str, Any], tensor: torch.Tensor, slots: list[Slot]) -> Any:
+def _state(example: Any, values: Mapping[Any, Any], tensor: torch.Tensor, slots: list[Slot]) -> Any:
     "One state of a tensor: a number in the form in which the optimizer keeps it, or a tensor of that shape."
     if isinstance(example, torch.Tensor) and example.dim():
         state = torch.zeros_like(tensor, dtype=example.dtype)

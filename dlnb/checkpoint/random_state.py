@@ -16,7 +16,8 @@ import torch
 def generator_states() -> dict[str, Any]:
     "The states of this process's global generators."
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = legacy
     states = {
         "python": [version, torch.tensor(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -194,7 +194,7 @@ class ContinueFrom(Callback):
         checkpoint: str | Path | None,  # None to start from new weights
         weights_only: bool | None = None,  # None: unless this installation wrote it; False runs what its pickles name
     ):
-        self.checkpoint, self.weights_only = checkpoint and Path(checkpoint), weights_only
+        self.checkpoint, self.weights_only = Path(checkpoint) if checkpoint else None, weights_only
         self.loading: _Loading | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -91,7 +91,7 @@ def _key(make: bool = False) -> bytes | None:
 def _mark(content: bytes, kind: bytes, make: bool = False) -> str | None:
     "64 hexadecimal digits; None without a key."
     key = _key(make)
-    return key and hashlib.blake2b(content, key=key, person=kind, digest_size=32).hexdigest()
+    return hashlib.blake2b(content, key=key, person=kind, digest_size=32).hexdigest() if key else None
 
 
 def marked(

@@ -59,12 +59,14 @@ def _zero_states(folder: Path, model: dict, optimizers: list[dict]) -> States:
     kept = [entry["state"] for entry in kept if isinstance(entry, dict)]
     if len(kept) < len(optimizers) or not kept[0]:
         return {}
-    groups, states = sorted(kept[0]), {}
+    states: States = {}
+    groups = sorted(kept[0])
     for name, example in kept[0][groups[0]].items():
         parts = [[entry[group][name] for group in groups] for entry in kept]
         if _is_number(example):
             shapes = zip(parts[0], model["param_shapes"], strict=True)
             states[name] = {parameter: scalar(value) for value, group in shapes for parameter in group}
         else:
-            states[name] = locate_weights(folder, parts, model, optimizers)
+            located: dict[Any, Any] = locate_weights(folder, parts, model, optimizers)
+            states[name] = located
     return states

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .cast import CASTABLE, DTYPES, put, write_cast
 from .copy import Move, move_all
@@ -48,12 +48,12 @@ def _written_size(weight: Weight, dtype: str | None) -> int:
 def _part(path: Path, names: list[str], layout: Layout, dtype: str | None) -> _Part:
     here = set(names)
     tied = {name: to for name, to in layout.tied.items() if to in here}
-    header, end = {"__metadata__": {"format": "pt"} | tied}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | tied}
+    end = 0
     for name in names:
         weight, begin = layout.weights[name], end
         end += _written_size(weight, dtype)
-        entry = {"dtype": _written_dtype(weight, dtype), "shape": weight.shape, "data_offsets": (begin, end)}
-        header[name] = entry
+        header[name] = {"dtype": _written_dtype(weight, dtype), "shape": weight.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > JSON_SIZE:

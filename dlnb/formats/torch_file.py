@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/formats/03_torch_file.ipynb #fed92945
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,11 @@ def _first(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-def _set(items: list = ()) -> set:
+def _set(items: Iterable = ()) -> set:
     return set(map(checked_key, items))
 
 
-def _frozenset(items: list = ()) -> frozenset:
+def _frozenset(items: Iterable = ()) -> frozenset:
     return frozenset(map(checked_key, items))
 
 # %% ../../nbs/formats/03_torch_file.ipynb #c87fc13e

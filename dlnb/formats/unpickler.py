@@ -18,6 +18,7 @@ class Foreign:
     "Stands for an object of a class that is not built."
 
     origin = "?"  # the name in the pickle
+    arguments: tuple[Any, ...]  # of the call that would have made it
 
     def __new__(cls, *arguments: Any, **named: Any) -> "Foreign":
         self = super().__new__(cls)
@@ -71,8 +72,8 @@ class Arguments:
     def __init__(self, content: bytes):
         self.content, self.at = content, 0
 
-    def number(self, kind: struct.Struct) -> int | float:
-        "The instruction's argument."
+    def number(self, kind: struct.Struct) -> Any:
+        "The instruction's argument, an integer or a float."
         (value,) = kind.unpack_from(self.content, self.at)
         self.at += kind.size
         return value
@@ -154,7 +155,7 @@ class Containers(Stack):
 class Unpickler(Containers):
     "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
 
-    kinds = (dict, list, tuple, set, frozenset)  # whose content is measured
+    kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
 
     def __init__(
         self,
@@ -221,7 +222,7 @@ def _remember(machine: Unpickler, index: int) -> None:
     machine.memo[index] = machine.stack[-1]
 
 # %% ../../nbs/formats/02_unpickler.ipynb #cc08294b
-_VALUES: dict[bytes, Callable[[Unpickler], None]] = {
+_VALUES: dict[bytes, Callable[[Unpickler], Any]] = {
     b"\x80": lambda machine: machine.number(_BYTE),  # the protocol
     b"\x95": lambda machine: machine.number(_LONG),  # a frame, which is there for the reader's convenience
     b"N": lambda machine: machine.put(None),
@@ -245,7 +246,12 @@ _VALUES: dict[bytes, Callable[[Unpickler], None]] = {
 }
 
 # %% ../../nbs/formats/02_unpickler.ipynb #858c9027
-_OPERATIONS: dict[bytes, Callable[[Unpickler], None]] = {
+def _empty_set(machine: Unpickler) -> None:
+    machine.put(set)
+    machine.call(())
+
+
+_OPERATIONS: dict[bytes, Callable[[Unpickler], Any]] = {
     b"(": lambda machine: machine.marks.append(len(machine.stack)),
     b")": lambda machine: machine.put(()),
     b"\x85": lambda machine: machine.pack(1),
@@ -254,7 +260,7 @@ _OPERATIONS: dict[bytes, Callable[[Unpickler], None]] = {
     b"t": lambda machine: machine.put(tuple(machine.since_mark())),
     b"]": lambda machine: machine.put([]),
     b"}": lambda machine: machine.put({}),
-    b"\x8f": lambda machine: machine.put(set) or machine.call(()),
+    b"\x8f": _empty_set,
     b"\x91": lambda machine: machine.put(frozenset(map(checked_key, machine.since_mark()))),
     b"a": lambda machine: machine.append([machine.stack.pop()]),
     b"e": lambda machine: machine.append(machine.since_mark()),

@@ -210,7 +210,7 @@ def _tied_names(model: dict, weights: dict[str, Weight]) -> dict[str, str]:
         owners.setdefault(storage_key(tensors[name]), []).append(name)
     tied = dict(model.get("shared_params") or {})
     for name in tensors.keys() - weights.keys() - tied.keys():
-        if len(owner := owners.get(storage_key(tensors[name]), ())) == 1:
+        if len(owner := owners.get(storage_key(tensors[name]), [])) == 1:
             tied[name] = owner[0]
     return {name: to for name, to in tied.items() if to in weights}
 

@@ -40,7 +40,7 @@ def is_cause_known(folder: Path, failure: Rank | None) -> bool:
     return known or bool(early_leavers(folder)) or all(rank.status != "running" for rank in read_ranks(folder))
 
 
-def await_cause(watch: RankWatch, look: Callable[[], None], own: Rank) -> None:
+def await_cause(watch: RankWatch, look: Callable[[], object], own: Rank) -> None:
     "Where rank 0 has only lost its connection, give the rank that has failed the time to report it."
     deadline = time.monotonic() + CAUSE_GRACE
     while is_consequence(own) and time.monotonic() < deadline:
@@ -57,7 +57,7 @@ def diagnose(
     error: Exception,  # as nbclient raised it
     code: int | None,  # the kernel's exit code; None while it lives
     cell: NotebookNode,
-    look: Callable[[], None],  # at the ranks once more
+    look: Callable[[], object],  # at the ranks once more
 ) -> Rank:
     "The failure that the others follow from: `own` where it is rank 0's."
     failure = watch.failure

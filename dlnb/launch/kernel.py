@@ -12,6 +12,7 @@ from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from .lifeline import end_with_supervisor
 from .shell import leave_interactive, report_interrupts, send_all_output
@@ -40,7 +41,7 @@ class AfterImport(MetaPathFinder):
         self.change(module)
 
 # %% ../../nbs/launch/08_kernel.ipynb #3104fd2d
-def _start_no_observer(launcher: ModuleType) -> None:
+def _start_no_observer(launcher: Any) -> None:
     launcher._launch_process_observer = lambda processes: None
 
 

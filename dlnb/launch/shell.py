@@ -53,10 +53,8 @@ def report_interrupts(shell) -> None:
 # %% ../../nbs/launch/06_shell.ipynb #2cfc9ff5
 def send_all_output(kernel) -> None:
     "Have the kernel keep what it cannot send as fast as it is printed; by default ZeroMQ drops it."
-    import zmq
-
     thread = kernel.iopub_thread
-    thread.schedule(lambda: thread.socket.setsockopt(zmq.SNDHWM, 0))
+    thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
 
 
 def leave_interactive(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,7 +110,8 @@ class ArrowFile:
 
     def __init__(self, path: Path):
         self.path, self.unfinished = path, path.with_suffix(".unfinished")
-        self.file = self.pieces = None
+        self.file: Any = None
+        self.pieces: Any = None
 
     def write(self, table: "pa.Table") -> None:
         "Raises `ValueError` where the columns are not those of the first table."

@@ -72,7 +72,7 @@ def nested_lists(
     "Rows of one shape as an Arrow array."
     import pyarrow as pa
 
-    column = pa.array(values.reshape(-1) if shape else values)
+    column = pa.array(np.asarray(values).reshape(-1) if shape else values)
     for size in reversed(shape):
         column = pa.FixedSizeListArray.from_arrays(column, size)
     return column

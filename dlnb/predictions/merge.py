@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,7 +80,7 @@ FILES_AT_ONCE = 64  # open in one merge
 
 def _is_ascending(path: Path) -> bool:
     "Whether a file's samples are in order. Only that column is read."
-    last = -1
+    last: Any = -1
     for piece in _read(path, columns=[0]):
         if (np.diff(_samples(piece), prepend=last) < 0).any():
             return False

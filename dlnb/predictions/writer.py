@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import CombinedLoader
 
-from .arrow_file import part_file
+from .arrow_file import ArrowFile, part_file
 from .columns import batch_table, named_values
 from .indices import count_samples, find_fetched_indices
 
@@ -35,7 +35,8 @@ class _RankFile(BasePredictionWriter):
         folder: str | Path,  # for predictions.parquet; all ranks share it
     ):
         super().__init__("batch")
-        self.folder, self.part = Path(folder), None
+        self.folder = Path(folder)
+        self.part: ArrowFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

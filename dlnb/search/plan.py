@@ -45,7 +45,7 @@ def device_groups(
 ) -> list[list[int]]:
     "Disjoint devices for trials side by side. Raises `ValueError` where the size does not divide their number."
     devices = config.resolved.devices
-    devices = devices if isinstance(devices, list) else list(range(devices))
+    devices = devices if isinstance(devices, list) else list(range(int(devices)))
     size = size or len(devices)
     if len(devices) % size:
         raise ValueError(f"devices_per_trial={size} does not divide the {len(devices)} devices.")

@@ -126,9 +126,9 @@ _starting = threading.Lock()
 @contextmanager
 def _without_main() -> Iterator[None]:
     "Else multiprocessing runs the script that searches once more in each rank, as `__mp_main__`; they need nothing of it."
-    main = vars(sys.modules["__main__"])
+    main: dict[str, Any] = vars(sys.modules["__main__"])
     with _starting:
-        kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+        kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
         main |= dict.fromkeys(kept)
         try:
             yield
@@ -166,7 +166,8 @@ class TrialRanks:
     def listen(self, seconds: float, report: Report) -> None:
         "Take what the ranks say within that time."
         waiting = {channel: rank for rank, channel in enumerate(self.channels) if rank not in self.outcomes}
-        for channel in connection.wait(list(waiting), seconds):
+        ready: list[Any] = connection.wait(list(waiting), seconds)
+        for channel in ready:
             rank = waiting[channel]
             try:
                 kind, content = channel.recv()

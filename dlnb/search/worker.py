@@ -10,6 +10,7 @@ import math
 import shutil
 import threading
 from collections.abc import Collection
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -55,7 +56,7 @@ class TrialTraining:
         except Exception as error:
             return Outcome("failed", f"{type(error).__name__}: {error}")
         self.trial.set_user_attr("folder", str(folder))
-        bounds = {"timeout": plan.study.trial_timeout, "checkpoints": plan.study.keep_checkpoints, "stop": stop}
+        bounds: dict[str, Any] = {"timeout": plan.study.trial_timeout, "checkpoints": plan.study.keep_checkpoints, "stop": stop}
         return run_trial(config, folder, self.report, plan.name, plan.share(devices), **bounds)
 
 # %% ../../nbs/search/08_worker.ipynb #2db8974b

@@ -55,9 +55,9 @@ def count_devices(accelerator: str, devices: int | str | list[int]) -> int:
         return available.auto_device_count()
     if accelerator != "cpu":
         _check_present(accelerator, devices, available.auto_device_count())
-    return len(devices) if isinstance(devices, list) else devices
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
-def _check_present(accelerator: str, devices: int | list[int], count: int) -> None:
-    if max(devices if isinstance(devices, list) else [devices - 1]) >= count:
+def _check_present(accelerator: str, devices: int | str | list[int], count: int) -> None:
+    if max(devices if isinstance(devices, list) else [int(devices) - 1]) >= count:
         raise ValueError(f"devices={devices!r}, but this machine has {count} for {accelerator!r}.")

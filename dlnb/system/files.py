@@ -9,8 +9,10 @@ __all__ = []
 import json
 import os
 import stat
+from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # %% ../../nbs/system/01_files.ipynb #11825e06
 def shown(
@@ -23,7 +25,7 @@ def shown(
 
 def open_regular(
     path: str | Path,  # links are followed
-) -> BinaryIO:  # open for reading
+) -> BufferedReader:  # open for reading
     "Open a file. Raises `ValueError` for a pipe, a device or a socket, and `OSError` where there is none or a folder."
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -58,9 +60,8 @@ def parse_json(
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        names = set()
-        twice = next(name for name, _ in pairs if name in names or names.add(name))
-        raise ValueError(f"it has {shown(twice)} twice")
+        ((most, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {shown(most)} twice")
     return members
 
 

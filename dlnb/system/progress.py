@@ -79,7 +79,7 @@ class RankProgress(NamedTuple):
     "What a rank has written of its progress."
 
     timeout: float  # seconds; 0 where it is not under way
-    count: int
+    marks: int  # that have been made
     pid: int
 
 # %% ../../nbs/system/07_progress.ipynb #7dd96b44
@@ -116,8 +116,8 @@ class ProgressWatch:
     def suspects(self) -> dict[int, str]:
         "The ranks that the others wait for, and what is the matter with them: those that are stopped, or else those behind."
         stopped = {rank: "is stopped, as by SIGSTOP" for rank, state in self.ranks.items() if _is_stopped(state.pid)}
-        least, most = (f(state.count for state in self.ranks.values()) for f in (min, max))
-        behind = {rank: "is behind the others" for rank, state in self.ranks.items() if least == state.count < most}
+        least, most = (f(state.marks for state in self.ranks.values()) for f in (min, max))
+        behind = {rank: "is behind the others" for rank, state in self.ranks.items() if least == state.marks < most}
         return stopped or behind
 
     def describe(self) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def _record_folders(folder: Path, level: int = 0) -> Iterator[Path]:
         return _left_out(folder, error.strerror)
     is_run = "run.json" in inside
     names = [name for name in sorted(inside) if inside[name] and not name.startswith(".") and not (is_run and name in OF_A_RUN)]
-    below = (found for name in names for found in _record_folders(folder / name, level + 1))
+    below: Iterable[Path] = (found for name in names for found in _record_folders(folder / name, level + 1))
     if is_run:
         below = list(below)
         if below and not inside.keys() & {*OF_A_RUN, "metrics.csv", "metrics.json"}:

@@ -73,7 +73,7 @@ def plot_metrics(
     figure, axes = pyplot.subplots(1, len(groups), figsize=(4.2 * len(groups), 3), layout="constrained", squeeze=False)
     for axis, (title, members) in zip(axes[0], groups.items()):
         for name in members:
-            curve = curve_of(folder, metrics, name)
+            curve = curve_of(Path(folder), metrics, name)
             axis.plot(curve["step"], curve[name], label=name, marker="." if len(curve) < 30 else None)
         axis.set(title=title, xlabel="optimizer step")
         axis.legend()

@@ -121,7 +121,8 @@ def _kind_of(cls: type) -> str:
 
 
 def _kind(value: Any) -> str:
-    return _kind_of(type(value))
+    kind: Any = type(value)
+    return _kind_of(kind)
 
 # %% ../../nbs/tracking/06_query.ipynb #0915cf72
 def _naive(moment: Any) -> datetime:

@@ -221,7 +221,7 @@ class TrackedRecord(ObservedRecord):
     def end(self, error: BaseException | None = None) -> None:
         "Record how the attempt ended."
         self.ended = now()
-        ends = (status for kind, status in ENDS.items() if isinstance(error, kind))
+        ends: Iterator[Any] = (status for kind, status in ENDS.items() if isinstance(error, kind))
         self.status = "finished" if error is None else next(ends, "failed")
         self.error = None if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
 

@@ -136,7 +136,7 @@ def uses(
     for node in ast.walk(statement):
         chain: tuple[str, ...] = ()
         while isinstance(node, ast.Attribute):
-            node, chain = node.value, (node.attr, *chain)
+            chain, node = (node.attr, *chain), node.value
         if chain and isinstance(node, ast.Name) and node.id in found:
             found[node.id].add(chain)
     return found
@@ -156,7 +156,8 @@ class Place(NamedTuple):
 # %% ../../nbs/tracking/02_sources.ipynb #cb029b4e
 def _origins(statement: ast.stmt, place: Place) -> list[tuple[str, str | None]]:
     "The modules that a statement imports the name from, each with its name there; None for the module itself."
-    file, found = file_of(place.module), []
+    found: list[tuple[str, str | None]] = []
+    file = file_of(place.module)
     package = place.module if file and file.name == "__init__.py" else place.module.rpartition(".")[0]
     for node in ast.walk(statement):
         if isinstance(node, ast.Import):

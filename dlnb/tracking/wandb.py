@@ -36,7 +36,7 @@ def wandb_mode(
         return wanted
     import wandb
 
-    problem = None
+    problem: Exception | str | None = None
     try:
         if wandb.login(prompt=False, verify=True):
             return "online"
@@ -80,7 +80,7 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
     bounds = {"init_timeout": TIME_FOR_WANDB, "finish_timeout": TIME_FOR_WANDB, "finish_timeout_raises": True}
     # The record has the git commit. A run that the notebook has of its own is left alone.
     settings = wandb.Settings(silent=True, disable_git=True, reinit="create_new", **bounds)
-    run = wandb.init(**arguments, mode=record.wandb["mode"], settings=settings)
+    run = wandb.init(**arguments | {"mode": record.wandb["mode"]}, settings=settings)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     if run.url:
@@ -89,14 +89,13 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
 
 # %% ../../nbs/tracking/09_wandb.ipynb #bfed2b30
 def _end_wandb(run: Any, record: RunRecord) -> None:
-    import wandb
 
     try:
         checkpoint = record.best_checkpoint or record.last_checkpoint
         run.config.update({"checkpoint": checkpoint and str((record.folder / checkpoint).resolve())}, allow_val_change=True)
         run.summary.update(record.metrics | {f"best/{name}": value for name, value in record.best_metrics.items()})
         run.log_artifact(_artifact_of(record))
-        level = wandb.AlertLevel.INFO if record.status == "finished" else wandb.AlertLevel.ERROR
+        level = "INFO" if record.status == "finished" else "ERROR"
         run.alert(title=f"{record.mode} {record.status}", text=str(record), level=level)
     finally:
         run.finish(exit_code=0 if record.status == "finished" else 1)

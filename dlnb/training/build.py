@@ -74,7 +74,8 @@ def with_objects(
 
 # %% ../../nbs/training/00_build.ipynb #56bd562b
 def _check_class(config: RunConfig, part: str, value: Any) -> None:
-    wanted, found = getattr(config, f"{part}_class"), type(getattr(value, "_orig_mod", value))  # torch.compile wraps it
+    wanted = getattr(config, f"{part}_class")
+    found: Any = type(getattr(value, "_orig_mod", value))  # torch.compile wraps it
     if part == "data" and not config.has_data_module and isinstance(value, DataModule):
         found = value.dataset_class
     if is_same_class(found, wanted):

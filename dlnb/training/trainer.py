@@ -39,9 +39,9 @@ def checkpoint_callbacks(
     sources: dict[str, str] | None = None,  # of the model and the data, for the manifest
 ) -> list[AtomicCheckpoint]:
     "For the run's `checkpoints` folder."
-    shared = dict(dirpath=folder / "checkpoints", save_last=True, enable_version_counter=False, identity=config.hash)
+    shared: dict[str, Any] = dict(dirpath=folder / "checkpoints", save_last=True, enable_version_counter=False, identity=config.hash)
     shared["sources"] = sources
-    ranked = dict(monitor=config.monitor, mode=config.monitor_mode, save_top_k=config.save_top_k)
+    ranked: dict[str, Any] = dict(monitor=config.monitor, mode=config.monitor_mode, save_top_k=config.save_top_k)
     callbacks = [AtomicCheckpoint(filename="{epoch}", save_on_train_epoch_end=None, **ranked, **shared)]
     if config.save_every_n_steps:
         callbacks.append(AtomicCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
