@@ -122,7 +122,7 @@ class Papermill:
             if time.monotonic() > self.started + timeout:
                 self.end()
                 pytest.fail(f"papermill still ran after {timeout} s:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.05)
+            time.sleep(0.2)
         return self.process.returncode
 
     def wait_for_output(self, text: str, timeout: float = 150) -> None:
@@ -131,7 +131,7 @@ class Papermill:
             self.look()
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < self.started + timeout, f"{text!r} did not come in {timeout} s"
-            time.sleep(0.1)
+            time.sleep(0.2)
         self.look()
 
     def notebook(self) -> nbformat.NotebookNode:

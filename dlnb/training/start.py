@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/01_start.ipynb #4e79ab0f
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,9 @@ def is_rank_zero(config: RunConfig) -> bool:
     if config.resolved.strategy == "single_device":
         return True
     launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment, LightningEnvironment)
-    launcher = next(kind for kind in launchers if kind.detect())()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Lightning reports when it makes the Trainer
+        launcher = next(kind for kind in launchers if kind.detect())()
     return launcher.node_rank() == launcher.local_rank() == 0
 
 # %% ../../nbs/training/01_start.ipynb #99442c04
