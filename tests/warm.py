@@ -28,8 +28,10 @@ from pathlib import Path
 
 import psutil
 
+# The last two DeepSpeed imports in every rank, and with them all of torch's compiler.
 PRELOADED = ("lightning.pytorch", "torch._dynamo", "deepspeed", "ipykernel.kernelapp", "papermill", "pandas", "pyarrow.parquet",
-             "matplotlib.pyplot", "optuna", "torch.utils.tensorboard", "sklearn.datasets", "pydantic")  # fmt: skip
+             "matplotlib.pyplot", "optuna", "torch.utils.tensorboard", "sklearn.datasets", "pydantic",
+             "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer")  # fmt: skip
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CLIENT = """#!{python} -IS
 import array, json, os, signal, socket, sys
