@@ -44,10 +44,19 @@ FAST = ("bad_records config consolidate data examples foreign_files internals pr
 SPREAD = ("test_notebooks", "test_hangs", "test_restart", "test_engine")
 
 
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesOrTests(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).stem in SPREAD else file
+
+    return FilesOrTests(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem not in SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.path.stem.removeprefix("test_") in FAST and item.get_closest_marker("soak") is None:
             item.add_marker(pytest.mark.fast)
 

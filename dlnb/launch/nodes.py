@@ -134,49 +134,16 @@ ALONE_GRACE = 5.0  # seconds that a rank may still run after the first one has l
 SAVE_GRACE = 120.0  # seconds, where a training is saving
 HEARD_GRACE = 20.0  # seconds that a rank that has failed waits until the first one has left, so that no launcher ends the latter before
 
-# %% ../../nbs/launch/09_nodes.ipynb #3e3b546f
-class Reporter:
-    "Reports one rank to the first node, as long as that listens."
+# %% ../../nbs/launch/09_nodes.ipynb #a0252e0e
+class Outbox:
+    "What one rank sends to the engine on the first node that has this token."
 
-    def __init__(
-        self,
-        folder: Path,  # the job folder of this node
-        rank: int,
-        place: Path | None,  # the meeting place; None where there is nothing to report
-    ):
-        self.folder, self.rank, self.place = folder, rank, place
-        self.looked = 0.0  # at the meeting place, by the monotonic clock
-        self.left: float | None = None  # when the first node was seen to have left, by the monotonic clock
-        self._start("")
-
-    def _start(self, token: str) -> None:
-        self.token = token  # empty while nobody listens
+    def __init__(self, folder: Path, rank: int, place: Path, token: str):
+        self.folder, self.rank, self.place, self.token = folder, rank, place, token
         self.position, self.record, self.stopping = 0, "", False  # what is sent
 
-    def report(
-        self,
-        now: bool = False,  # and not only twice a second
-    ) -> None:
-        "Send what is new. An error of the filesystem is no error of the rank: the next report is soon."
-        if self.place is None or not (now or time.monotonic() > self.looked + EVERY):
-            return
-        self.looked = time.monotonic()
-        with suppress(OSError):
-            if self._is_heard():
-                self._send()
-
-    def _is_heard(self) -> bool:
-        try:
-            token = (self.place / "token").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if self.token and self.left is None:
-                self.left = time.monotonic()
-            return False
-        if token != self.token:
-            self._start(token)
-        return True
-
-    def _send(self) -> None:
+    def send(self) -> None:
+        "Send what is new: what was printed before the record that follows from it."
         record = self.folder / f"rank-{self.rank}.json"
         text = record.read_text(encoding="utf-8") if record.exists() else ""
         while new := _read_from(self.folder / f"rank-{self.rank}.log", self.position):
@@ -192,6 +159,44 @@ class Reporter:
                 json.dump(message, file)
             self.record = text
 
+# %% ../../nbs/launch/09_nodes.ipynb #3e3b546f
+class Reporter:
+    "Reports one rank to the first node, as long as that listens."
+
+    def __init__(
+        self,
+        folder: Path,  # the job folder of this node
+        rank: int,
+        place: Path | None,  # the meeting place; None where there is nothing to report
+    ):
+        self.folder, self.rank, self.place = folder, rank, place
+        self.looked = 0.0  # at the meeting place, by the monotonic clock
+        self.left: float | None = None  # when the first node was seen to have left, by the monotonic clock
+        self.outbox: Outbox | None = None  # None until somebody listens
+
+    def report(
+        self,
+        now: bool = False,  # and not only twice a second
+    ) -> None:
+        "Send what is new. An error of the filesystem is no error of the rank: the next report is soon."
+        if self.place is None or not (now or time.monotonic() > self.looked + EVERY):
+            return
+        self.looked = time.monotonic()
+        with suppress(OSError):
+            if self._is_heard():
+                self.outbox.send()
+
+    def _is_heard(self) -> bool:
+        try:
+            token = (self.place / "token").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if self.outbox and self.left is None:
+                self.left = time.monotonic()
+            return False
+        if self.outbox is None or self.outbox.token != token:
+            self.outbox = Outbox(self.folder, self.rank, self.place, token)
+        return True
+
     @property
     def is_alone(self) -> bool:
         "Whether the first rank has left a while ago, and this one is still in a cell."
@@ -205,7 +210,7 @@ class Reporter:
         "Whether the first rank is still there, and reads what this one has left."
         if 0 in node_ranks():
             return self.folder.exists()
-        return bool(self.token) and self.left is None
+        return self.outbox is not None and self.left is None
 
     def wait_until_heard(self) -> None:
         "After a failure: until the first rank has written it down and left."
