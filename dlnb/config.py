@@ -21,9 +21,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
-from .settings.import_path import complete_arguments, load_class
+from .settings.model_and_data import ReadSettings
+from .settings.objects import with_entry
 from .settings.roles import Role, Settings
-from .settings.text import read_dictionary, read_words
+from .settings.text import Dictionary, read_dictionary, read_words
 from .settings.values import LONGEST_NAME, check_root, check_value
 from .system.files import read_json
 
@@ -65,61 +66,11 @@ def _check_name(value: str | None) -> str | None:
 # %% ../nbs/05_config.ipynb #c1a30b26
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-Dictionary = Annotated[dict[str, Any], BeforeValidator(read_dictionary)]
 Devices = Annotated[int | list[int] | str, BeforeValidator(read_devices), AfterValidator(check_devices)]
 Words = Annotated[list[str], BeforeValidator(read_words)]
 Registered = Annotated[str, AfterValidator(_check_registered)]  # a name that another module knows
 Root = Annotated[str, AfterValidator(check_root)]
 Name = Annotated[str | None, AfterValidator(_check_name)]
-
-# %% ../nbs/05_config.ipynb #fd82785c
-class ModelAndData(Settings):
-    model: Annotated[str, Role(inference="run")]  # a LightningModule: "package.module:Class" or "path/to/file.py:Class"
-    data: Annotated[str, Role(inference="run")]  # a LightningDataModule, or a dataset class that takes split=; a path as for model
-    model_args: Annotated[Dictionary, Role(search="entries", inference="run")] = {}  # keyword arguments of the model
-    data_args: Annotated[Dictionary, Role(search="entries", inference="run")] = {}  # keyword arguments of the data; num_workers too
-
-    @cached_property
-    def model_class(self) -> type:
-        "The class that `model` names."
-        return load_class(self.model, "model")
-
-    @cached_property
-    def data_class(self) -> type:
-        "The class that `data` names: a LightningDataModule, or a dataset class that takes `split=`."
-        return load_class(self.data, "data")
-
-    @property
-    def task(self) -> str:
-        "`<Data>-<Model>`, by the names of their classes."
-        return f"{self.data_class.__name__}-{self.model_class.__name__}"
-
-# %% ../nbs/05_config.ipynb #b5d9299a
-class ClassArguments(ModelAndData):
-    @cached_property
-    def has_data_module(self) -> bool:
-        "Whether `data` names a LightningDataModule, not a dataset class."
-        from lightning.pytorch import LightningDataModule
-
-        return issubclass(self.data_class, LightningDataModule)
-
-    @cached_property
-    def data_parameters(self) -> list[str]:
-        "The names of the arguments that `data` takes."
-        return list(inspect.signature(self.data_class).parameters)
-
-    @cached_property
-    def model_arguments(self) -> dict[str, Any]:
-        "`model_args`, completed with the defaults of the model."
-        return complete_arguments("model_args", self.model_class, self.model_args)
-
-    @cached_property
-    def data_arguments(self) -> dict[str, Any]:
-        "`data_args` without `num_workers`, completed with the defaults of the data."
-        arguments = dict(self.data_args)
-        if not self.has_data_module:
-            arguments.pop("num_workers", None)  # for dlnb's own DataModule
-        return complete_arguments("data_args", self.data_class, arguments, ("split", "batch_size", "seed"))
 
 # %% ../nbs/05_config.ipynb #56da3b37
 class Hardware(Settings):
@@ -214,7 +165,7 @@ class Storage(Settings):
         return None if self.resume in ("auto", "never") else self.resume
 
 # %% ../nbs/05_config.ipynb #86bf8e07
-class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, ClassArguments):
+class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, ReadSettings):
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 
     def with_given(
@@ -333,6 +284,7 @@ def _check_agreement(config: RunConfig) -> None:
     _check_strategy_args(config.strategy, config.strategy_args)
     _check_classes(config)
     _ = config.model_arguments, config.data_arguments  # they raise for a wrong argument
+    config.check_read()
 
 
 def _check_training(config: RunConfig) -> None:
@@ -356,7 +308,7 @@ def _check_reporting(config: RunConfig) -> None:
 def _check_classes(config: RunConfig) -> None:
     from lightning.pytorch import LightningModule
 
-    if not issubclass(config.model_class, LightningModule):
+    if inspect.isclass(config.model_class) and not issubclass(config.model_class, LightningModule):
         raise ValueError(
             f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )
@@ -392,12 +344,13 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
 # %% ../nbs/05_config.ipynb #4e943b5b
 def check_searchable(
     field: str,  # for the error's sentence
-    name: str,  # of a parameter: a setting, or `model_args.NAME`
+    name: str,  # of a parameter: a setting, `model_args.NAME`, or `model_args.net.NAME` for an argument of an object
 ) -> None:
     "Raise `ValueError` for what neither a search nor a best_params.json may set: the role of a setting permits it."
-    setting, _, argument = name.partition(".")
+    setting, *path = name.split(".")
     searched, dictionaries = RunConfig.fields_with(search="value"), RunConfig.fields_with(search="entries")
-    if argument.isidentifier() and setting in dictionaries or not argument and name in searched:
+    names_code = {"class_path", "_target_"}.intersection(path)
+    if path and all(part.isidentifier() for part in path) and setting in dictionaries and not names_code or name in searched:
         return
     choices = [*searched, *(f"{arguments}.NAME" for arguments in dictionaries)]
     if setting in RunConfig.model_fields:
@@ -413,8 +366,8 @@ def apply_params(
     values = dict(values)
     for name, value in params.items():
         check_searchable("params", name)
-        field, _, argument = name.partition(".")
-        values[field] = read_dictionary(values.get(field)) | {argument: value} if argument else value
+        field, *path = name.split(".")
+        values[field] = with_entry(field, read_dictionary(values.get(field)), tuple(path), value) if path else value
     return values
 
 
@@ -427,6 +380,9 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
     try:
-        return apply_params(values, params)
+        values = apply_params(values, params)
     except ValueError as error:
         raise ValueError(f"best_params={str(path)!r}: {error}") from None
+    if nested := [name for name, value in params.items() if isinstance(value, Mapping | list)]:  # it might name a class
+        raise ValueError(f"best_params={str(path)!r}: {nested[0]} must be a number, a text, a truth value or null.")
+    return values

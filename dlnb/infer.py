@@ -68,7 +68,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, config.resume)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
-    record.sources = source_hashes(config.model_class, config.data_class)
+    record.sources = source_hashes(*config.classes)
     if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):
             log.warning(line)

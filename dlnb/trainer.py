@@ -18,10 +18,12 @@ from .config import RunConfig
 from .consolidate import consolidate
 from .errors import Pruned
 from .optim import provide_optimizers
+from .settings.model_and_data import OPTIMIZER
 from .system.log import log
+from .tracking.kept_source import keep_source
 from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
-from .training.build import OPTIMIZER, build_data, build_model, meanings_kept, with_objects
+from .training.build import build_data, build_model, meanings_kept, with_objects
 from .training.plan import RunPlan, check_fits, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
@@ -53,6 +55,8 @@ def fit(
     leave_old_store()
     with quiet_lightning(), meanings_kept(model, data), run_lock_held(config, record, "trained", REMEDY):
         plan = plan_run(config, record)
+        if is_rank_zero(config):
+            keep_source(config, record.folder)
         trainer = build_trainer(plan)
         trained = build_model(config) if model is None else _with_optimizer(config, model)
         check_fits(plan, trained)

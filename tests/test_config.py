@@ -13,7 +13,7 @@ DIGITS = {"model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits", "a
 
 WRONG = [
     ({"model": "dlnb.examples:DigitNet"}, "Did you mean 'DigitsNet'?"),
-    ({"model": "dlnb.examples.DigitsNet"}, "must be 'package.module:Class' or 'path/to/file.py:Class'"),
+    ({"model": "dlnb.examples.DigitsNet"}, "must be 'package.module:Class', 'path/to/file.py:Class'"),
     ({"model": "dlnb.exampels:DigitsNet"}, "there is no module 'dlnb.exampels'"),
     ({"model": "models/net.py:Net"}, "there is no file 'models/net.py'"),
     ({"model": "dlnb.examples:Digits"}, "is no LightningModule"),

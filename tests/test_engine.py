@@ -244,6 +244,7 @@ def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_pa
     assert job.leftover() == []
 
 
+@pytest.mark.soak
 def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
     launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29518")
     fail = "if rank == 1:\n    raise ValueError('under torchrun')\nmeet()"

@@ -165,6 +165,7 @@ def test_a_swept_job_folder_does_not_keep_a_training_from_saving(training, tempo
     assert job.leftover() == [] and [path for path in temporary.glob("dlnb-*") if path.is_dir()] == []
 
 
+@pytest.mark.soak
 def test_a_swept_job_folder_does_not_keep_a_training_from_ending(training, temporary, tmp_path):
     job = training(max_epochs=8)
     wait_for(lambda: list((tmp_path / "runs").rglob("run.json")), job)
@@ -344,6 +345,7 @@ def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_pa
     assert job.leftover() == []
 
 
+@pytest.mark.soak
 def test_slow_steps_and_cells_without_a_training_are_not_ended(papermill, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step="time.sleep(4)"))
     cell = f"""from dlnb.config import RunConfig

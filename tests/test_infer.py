@@ -174,7 +174,10 @@ for strategy in ("deepspeed_stage_3", "ddp"):
 """
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]], ids=["Lightning", "torchrun"])
+TORCHRUN = pytest.param(["-m", "torch.distributed.run", "--nproc-per-node=2"], id="torchrun", marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("launcher", [pytest.param([], id="Lightning"), TORCHRUN])
 def test_ranks_train_and_test_again_and_again_though_the_group_ends_with_each_training(launcher, tmp_path):
     (tmp_path / "again.py").write_text(AGAIN)
     done = subprocess.run([warm_python(), *launcher, "again.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)

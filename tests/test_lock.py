@@ -90,6 +90,7 @@ TRAIN = "import sys; from dlnb.config import RunConfig; from dlnb.trainer import
 
 
 @isolated
+@pytest.mark.soak
 def test_a_second_host_or_container_is_refused_the_first_trains_on_and_its_kill_frees_the_run_at_once(tmp_path):
     settings = TASK | dict(data_args={"num_workers": 1}, root=str(tmp_path))  # loading processes outlive a kill for seconds
     folder = RunConfig(**settings).folder()

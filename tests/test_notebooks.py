@@ -21,14 +21,14 @@ CaptureShell(sys.argv[1]).run_all(read_nb(sys.argv[1]), exc_stop=True)
 """
 IN_KERNEL = "from nbclient.cli import main; main()"
 OF_CELLS = ("02_sources", "03_fingerprint")  # they look at what a kernel's cells define
-TRAINS_LONG = "11_examples"  # half a minute alone
+LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial")  # half a minute each
 COLD = ("04_strategy", "06_lock", "07_progress")  # they look at what a process imports, and stop processes by their ids
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.soak] if path.stem == TRAINS_LONG else []) for path in [*CHAPTERS, INDEX]],
+    [pytest.param(path, marks=[pytest.mark.soak] if path.stem in LONG else []) for path in [*CHAPTERS, INDEX]],
     ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix(),
 )
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):

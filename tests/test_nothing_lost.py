@@ -189,6 +189,7 @@ def test_a_run_that_continues_another_is_found_again_where_both_were_moved(tmp_p
     assert (record.attempts, record.step, record.folder.name) == (2, 6, folder.name)
 
 
+@pytest.mark.soak
 def test_metrics_survive_a_second_kill_before_the_first_step(tmp_path, monkeypatch):
     folder = stopped(monkeypatch, config(tmp_path, max_epochs=4, log_every_n_steps=1), before_step=4)
     before = (folder / "metrics.csv").read_text()

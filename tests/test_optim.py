@@ -124,6 +124,7 @@ def test_zero_on_cuda_without_nvcc_takes_torchs_fused_optimizer(tmp_path):
     assert output.splitlines()[-1] == "auto torch.optim.AdamW(fused=True)"
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_what_is_compiled_needs_no_compiler_again(without_compiler, tmp_path):
     assert optim.build_problem("DeepSpeedCPUAdam", "cpu") == ""

@@ -453,6 +453,7 @@ for order in ("ascending", "another"):
 """
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)]

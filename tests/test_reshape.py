@@ -76,10 +76,11 @@ def difference(one: Training, other: Training) -> float:
     return max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
 
 
-SOME = [("ddp", 2, "ddp", 1), ("deepspeed_stage_3", 2, "ddp", 2), ("ddp", 2, "deepspeed_stage_3", 2)]
+SOME = [("ddp", 2, "ddp", 1), ("ddp", 2, "deepspeed_stage_3", 2)]
 ZERO = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 ALL = [(of, before, of, after) for of in ("ddp", *ZERO) for before, after in ((2, 1), (1, 2), (2, 4))]
 ALL += [("ddp", 2, of, 2) for of in (*ZERO, "deepspeed_stage_3_offload")] + [(of, 2, "ddp", 1) for of in ZERO]
+ALL += [("deepspeed_stage_3", 2, "ddp", 2)]
 ALL += [("deepspeed_stage_2", 2, "deepspeed_stage_3", 1), ("ddp", 1, "deepspeed_stage_3", 2)]
 
 

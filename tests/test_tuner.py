@@ -79,7 +79,9 @@ def states(study) -> list[str]:
     return [trial.state.name for trial in study.trials]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    "strategy", [*(pytest.param(name, marks=pytest.mark.soak) for name in ("ddp", "deepspeed_stage_2")), "deepspeed_stage_3"]
+)
 def test_a_trial_is_one_row_with_the_same_parameters_on_all_ranks(search, tmp_path, strategy):
     study = search({"strategy": strategy})
     assert len(study.trials) == 3 and set(states(study)) <= {"COMPLETE", "PRUNED"}

@@ -15,6 +15,7 @@ from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
 from ..formats.reader import checkpoint_of_run, read_layout
+from ..tracking.kept_source import with_kept_paths
 from ..tracking.record import RunRecord
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #84c2ae0d
@@ -66,7 +67,8 @@ def inference_config(
         if name not in INFERENCE_SETTINGS:
             raise ValueError(unknown("setting", name, INFERENCE_SETTINGS))
     given = {name: value for name, value in settings.items() if value is not None}
-    kept = {name: value for name, value in source.record.settings.items() if name in _OF_THE_RUN} if source.record else {}
+    of_the_run = with_kept_paths(source.record.settings, source.record.folder) if source.record else {}
+    kept = {name: value for name, value in of_the_run.items() if name in _OF_THE_RUN}
     for part in ("model", "data"):
         if part in given and given[part] != kept.get(part):
             kept.pop(f"{part}_args", None)  # another class's

@@ -22,6 +22,7 @@ from .study import StudyConfig
 from .trial_queue import TrialQueue
 from .trial_ranks import Share
 from ..system.processes import usable_cores
+from ..tracking.kept_source import keep_source, with_source
 
 # %% ../../nbs/search/06_plan.ipynb #f1c79e18
 def check_searchable_run(config: RunConfig) -> None:
@@ -94,7 +95,7 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     space = read_space(study.search_space, config)
     check_searchable_run(config)
     groups = device_groups(config, study.devices_per_trial)
-    config = RunConfig(**config.model_dump() | {"devices": len(groups[0])})
+    config = with_source(RunConfig(**config.model_dump() | {"devices": len(groups[0])}))
     name = study.study_name or f"{config.run_name}-{short_hash(study_identity(config, study))}"
     folder = Path(config.root) / config.task / "tune" / config.resolved.strategy / name
     plan = SearchPlan(config, study, space, groups, name, folder)
@@ -126,6 +127,7 @@ def open_study(plan: SearchPlan) -> TrialQueue:
     elif known != identity:
         raise ValueError(f"study_name={plan.name!r} is {_difference(known, identity)}. Give another study_name.")
     plan.folder.mkdir(parents=True, exist_ok=True)
+    keep_source(plan.config, plan.folder)
     return TrialQueue(plan.name, storage, plan.study.n_trials, plan.folder)
 
 

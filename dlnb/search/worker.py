@@ -23,6 +23,7 @@ from .space import draw
 from .trial import run_trial
 from .trial_queue import ExhaustibleStudy, TrialQueue, trial_id
 from .trial_ranks import Outcome
+from ..tracking.kept_source import with_kept_paths
 
 # %% ../../nbs/search/08_worker.ipynb #eb199038
 def final_outcome(outcome: Outcome, values: list[float], monitor: str) -> Outcome:
@@ -52,7 +53,8 @@ class TrialTraining:
         plan, folder = self.plan, self.plan.trial_folder(self.trial.number)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
         try:
-            config = RunConfig(**apply_params(plan.config.model_dump(), draw(plan.space, self.trial)))
+            settings = apply_params(plan.config.model_dump(), draw(plan.space, self.trial))
+            config = RunConfig(**with_kept_paths(settings, plan.folder))
         except Exception as error:
             return Outcome("failed", f"{type(error).__name__}: {error}")
         self.trial.set_user_attr("folder", str(folder))

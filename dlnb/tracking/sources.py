@@ -10,13 +10,15 @@ import ast
 import hashlib
 import importlib.util
 import json
-import symtable
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..settings.definitions import definitions, is_import, needed, read_statements, uses
+from ..settings.notebook import NotebookModule
 
 # %% ../../nbs/tracking/02_sources.ipynb #703c5b13
 def file_of(
@@ -49,8 +51,10 @@ def is_own(
 # %% ../../nbs/tracking/02_sources.ipynb #89e39d43
 def module_texts(
     module: str,
-) -> list[str]:  # of a notebook its executed cells, in order; of a file its one text; empty where there is neither
+) -> list[str]:  # of the running notebook its executed cells, in order; of a file its one text; empty where there is neither
     "The source of a module."
+    if isinstance(sys.modules.get(module), NotebookModule):
+        return [sys.modules[module].source()]
     cells = vars(sys.modules[module]).get("In") if module == "__main__" else None
     if isinstance(cells, list):
         return list(cells)
@@ -59,87 +63,6 @@ def module_texts(
             return [file.read()]
     except (OSError, SyntaxError, UnicodeDecodeError, TypeError):
         return []
-
-
-def _statements(text: str) -> list[ast.stmt]:
-    "The statements of a module without docstrings; none where the text is no Python."
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree.body
-
-# %% ../../nbs/tracking/02_sources.ipynb #7d8568cb
-def _bound_names(statement: ast.stmt) -> set[str]:
-    "The names that a statement of a module defines."
-    if isinstance(statement, ast.AugAssign):
-        return set()
-    symbols = symtable.symtable(ast.unparse(statement), "source", "exec").get_symbols()
-    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
-
-
-def _partly_assigned(statement: ast.stmt) -> set[str]:
-    "The names whose values a statement changes in part: `x += 1`, `x.a = 1`, `x[0] = 1`."
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-    names = set()
-    for target in targets if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete)) else ():
-        while isinstance(target, (ast.Attribute, ast.Subscript)):
-            target = target.value
-        names |= {target.id} if isinstance(target, ast.Name) else set()
-    return names
-
-# %% ../../nbs/tracking/02_sources.ipynb #3ee55fc7
-def definitions(
-    texts: list[str],  # of a module, as `module_texts` gives them
-) -> dict[str, list[ast.stmt]]:  # to every name; to "*" the imports of all names of a module
-    "The statements that give each name of a module its value, without docstrings."
-    found: dict[str, list[ast.stmt]] = {}
-    for statement in (statement for text in texts for statement in _statements(text)):
-        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
-            found.setdefault("*", []).append(statement)
-            continue
-        bound = _bound_names(statement)
-        found |= {name: [statement] for name in bound}
-        for name in _partly_assigned(statement) - bound:
-            if name in found and not isinstance(found[name][0], (ast.Import, ast.ImportFrom)):
-                found[name].append(statement)
-    return found
-
-# %% ../../nbs/tracking/02_sources.ipynb #d1c92ba7
-def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    "A scope and all scopes inside it."
-    yield table
-    for child in table.get_children():
-        yield from _tables(child)
-
-
-def _global_names(statement: ast.stmt) -> set[str]:
-    table = symtable.symtable(ast.unparse(statement), "source", "exec")
-    names = {
-        symbol.get_name()
-        for scope in _tables(table)
-        for symbol in scope.get_symbols()
-        if symbol.is_referenced() and (scope.get_type() == "module" or symbol.is_global())
-    }
-    imports = (node for node in ast.walk(statement) if isinstance(node, (ast.Import, ast.ImportFrom)))
-    return names | {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-
-# %% ../../nbs/tracking/02_sources.ipynb #ec5ca4c8
-def uses(
-    statement: ast.stmt,
-) -> dict[str, set[tuple[str, ...]]]:  # to each global name the chains of attributes that are read from it
-    "The global names that a statement, or a function in it, refers to, and those that it imports itself."
-    found: dict[str, set[tuple[str, ...]]] = {name: set() for name in _global_names(statement)}
-    for node in ast.walk(statement):
-        chain: tuple[str, ...] = ()
-        while isinstance(node, ast.Attribute):
-            chain, node = (node.attr, *chain), node.value
-        if chain and isinstance(node, ast.Name) and node.id in found:
-            found[node.id].add(chain)
-    return found
 
 # %% ../../nbs/tracking/02_sources.ipynb #1f0c0da1
 class Place(NamedTuple):
@@ -170,6 +93,10 @@ def _origins(statement: ast.stmt, place: Place) -> list[tuple[str, str | None]]:
     return found
 
 # %% ../../nbs/tracking/02_sources.ipynb #ce49096f
+def _definitions(module: str) -> dict[str, list[ast.stmt]]:
+    return definitions(read_statements(module_texts(module)))
+
+
 class Modules:
     "The definitions of the modules that were looked at, and where a chain of names leads."
 
@@ -178,12 +105,12 @@ class Modules:
 
     def read(self, module: str) -> None:
         "Read a module, also where it is an installed one."
-        self.known[module] = definitions(module_texts(module))
+        self.known[module] = _definitions(module)
 
     def definitions(self, module: str) -> dict[str, list[ast.stmt]]:
         "What a module of the user's own defines; nothing for another module, unless `read` has read it."
         if module not in self.known:
-            self.known[module] = definitions(module_texts(module)) if is_own(module) else {}
+            self.known[module] = _definitions(module) if is_own(module) else {}
         return self.known[module]
 
     def _star_origins(self, place: Place) -> list[tuple[str, str | None]]:
@@ -242,7 +169,7 @@ class Sources:
 # %% ../../nbs/tracking/02_sources.ipynb #7cbaba3d
 def _visit(modules: Modules, place: Place, statements: list[ast.stmt]) -> tuple[str, list[Place]]:
     "The hash of a place, and the places that it uses."
-    if all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements):
+    if all(map(is_import, statements)):
         origins = [origin for statement in statements for origin in _origins(statement, place)]
         sources = {(source, name) for source, name in origins if name}
         return _hash(json.dumps(origins)), [found for source, name in sources for found in _places(modules, source, (name,))]
@@ -274,6 +201,15 @@ def named(sources: Sources) -> dict[str, str]:
     for place, value in sources.hashes.items():
         found.setdefault(str(place), []).append(value)
     return {name: "-".join(sorted(values)) for name, values in sorted(found.items())}
+
+
+def needed_source(
+    module: str,
+    names: Iterable[str],  # of the module
+) -> str:  # empty where the module's source is not known
+    "The source of some names of a module and of all they need in it, as a file that defines them."
+    statements = needed(read_statements(module_texts(module), docstrings=True), names)
+    return "".join(f"{ast.unparse(statement)}\n" for statement in statements)
 
 
 def changed(

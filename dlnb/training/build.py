@@ -15,11 +15,13 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from ..config import RunConfig, short_hash
 from ..data import DataModule
 from ..optim import provide_optimizers
+from ..settings.model_and_data import OPTIMIZER
+from ..settings.objects import build_objects
 from ..tracking.fingerprint import Fingerprint, is_same_class, remember
+from ..tracking.kept_source import with_source
 from ..tracking.sources import named, source_hashes
 
 # %% ../../nbs/training/00_build.ipynb #97370595
-OPTIMIZER = ("optimizer", "lr", "weight_decay", "warmup_ratio", "eta_min_ratio")  # settings of the factory
 _DESCRIBED = {"model": ("model", "model_args", "seed", *OPTIMIZER), "data": ("data", "data_args", "batch_size", "seed")}
 
 
@@ -28,7 +30,8 @@ def described(
     part: str,  # "model" or "data"
 ) -> str:
     "The hash of the settings that a part is made from."
-    return short_hash({name: config.identity[name] for name in _DESCRIBED[part]})
+    passed = {"passed": config.passed_to_model} if part == "model" and config.passed_to_model else {}
+    return short_hash({name: config.identity[name] for name in _DESCRIBED[part]} | passed)
 
 # %% ../../nbs/training/00_build.ipynb #7232c30c
 def build_model(config: RunConfig) -> LightningModule:
@@ -36,8 +39,10 @@ def build_model(config: RunConfig) -> LightningModule:
     from lightning.pytorch import seed_everything
 
     seed_everything(config.seed, workers=True, verbose=False)
-    model = provide_optimizers(config.model_class(**config.model_args), **config.model_dump(include={*OPTIMIZER}))
-    return remember(model, described(config, "model"))
+    model = config.model_class(**build_objects(config.model_args, "model_args"), **config.passed_to_model)
+    if not isinstance(model, LightningModule):
+        raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is no LightningModule.")
+    return remember(provide_optimizers(model, **config.model_dump(include={*OPTIMIZER})), described(config, "model"))
 
 
 def build_data(config: RunConfig) -> LightningDataModule:
@@ -46,13 +51,16 @@ def build_data(config: RunConfig) -> LightningDataModule:
 
 
 def _build_data(config: RunConfig) -> LightningDataModule:
-    shared = {"batch_size": config.batch_size, "seed": config.seed}
-    if config.has_data_module:
-        taken = {name: value for name, value in shared.items() if name in config.data_parameters}
-        return config.data_class(**config.data_args, **taken)
-    arguments = dict(config.data_args)
-    workers = arguments.pop("num_workers", "auto")
-    return DataModule(config.data_class, arguments, num_workers=workers, **shared)
+    arguments = build_objects(config.data_args, "data_args") | config.passed_to_data
+    if not config.has_data_module:
+        workers = arguments.pop("num_workers", "auto")
+        return DataModule(config.data_class, arguments, num_workers=workers, batch_size=config.batch_size, seed=config.seed)
+    data = config.data_class(**arguments)
+    if not isinstance(data, LightningDataModule):
+        raise ValueError(
+            f"data={config.data!r} takes no split=, and has made a {type(data).__qualname__}, which is no LightningDataModule."
+        )
+    return data
 
 # %% ../../nbs/training/00_build.ipynb #2eb233a6
 def with_objects(
@@ -60,8 +68,9 @@ def with_objects(
     **objects: LightningModule | LightningDataModule | None,  # model and data; None for what the settings describe
 ) -> tuple[RunConfig, dict[str, str]]:  # the settings of a run with these, and the hashes of the sources
     "Make what is passed a part of the run's identity. Raises `ValueError` where it is not of the class that the settings name."
-    config, given = config.with_given({}), {}
-    sources = source_hashes(config.model_class, config.data_class)
+    config = with_source(config.with_given({}))
+    given = dict(config.given)
+    sources = source_hashes(*config.classes)
     for part, value in objects.items():
         if value is None:
             continue
@@ -75,6 +84,8 @@ def with_objects(
 # %% ../../nbs/training/00_build.ipynb #56bd562b
 def _check_class(config: RunConfig, part: str, value: Any) -> None:
     wanted = getattr(config, f"{part}_class")
+    if not isinstance(wanted, type):
+        return
     found: Any = type(getattr(value, "_orig_mod", value))  # torch.compile wraps it
     if part == "data" and not config.has_data_module and isinstance(value, DataModule):
         found = value.dataset_class
