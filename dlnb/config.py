@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
 from .settings.model_and_data import ReadSettings
-from .settings.objects import with_entry
+from .settings.objects import Object, Objects, Spec, check_objects, read_object, read_spec, with_entry
 from .settings.roles import Role, Settings
 from .settings.text import Dictionary, read_dictionary, read_words
 from .settings.values import LONGEST_NAME, check_root, check_value
@@ -58,6 +58,10 @@ def _check_registered(value: str, info: ValidationInfo) -> str:
     return value
 
 
+def _read_logger(value: Any) -> Any:
+    return value if value in ("csv", "tensorboard") else read_object(value)
+
+
 def _check_name(value: str | None) -> str | None:
     if value is not None and not (re.fullmatch(r"[\w=][\w.=-]{0,99}", value) and len(os.fsencode(value)) <= 200):
         raise ValueError(f"name={value!r} must be of letters, digits, '_', '=', '.' and '-', 100 at most.")
@@ -71,6 +75,25 @@ Words = Annotated[list[str], BeforeValidator(read_words)]
 Registered = Annotated[str, AfterValidator(_check_registered)]  # a name that another module knows
 Root = Annotated[str, AfterValidator(check_root)]
 Name = Annotated[str | None, AfterValidator(_check_name)]
+
+# %% ../nbs/05_config.ipynb #b793753a
+class Loading(ReadSettings):
+    # makes a batch of a list of samples: a function's path; None for the dataset's own, or torch's
+    collate_fn: Annotated[Object, Role(identity="changed", inference="run")] = None
+    drop_last: Annotated[bool, Role(identity="changed")] = True  # of an incomplete last optimizer step; else it is filled up
+    # of the training data: a class or function that is called with the dataset, such as dlnb.data:LengthGroupedSampler
+    sampler: Annotated[Object, Role(identity="changed")] = None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        "What is not the default."
+        return {name: value for name in Loading.__annotations__ if (value := getattr(self, name)) != Loading.model_fields[name].default}
+
+    @property
+    def loading_functions(self) -> dict[str, Any]:
+        "The same for a `DataModule`. Raises `ValueError` where a path leads nowhere."
+        specs = {name: read_spec(name, value) if isinstance(value, dict) else value for name, value in self.loading.items()}
+        return {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
 
 # %% ../nbs/05_config.ipynb #56da3b37
 class Hardware(Settings):
@@ -154,7 +177,10 @@ class Storage(Settings):
     best_params: Annotated[str | None, Role(identity=False)] = None  # a best_params.json of the tuner; its values win
     # "auto" is online where there is a key, else offline
     wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Role(identity=False, inference="run")] = "auto"
-    logger: Annotated[Literal["csv", "tensorboard"], Role(identity=False)] = "csv"  # "tensorboard" adds to metrics.csv
+    # beside metrics.csv: "csv" for none, "tensorboard", or a logger of one's own as {"class_path": ..., "init_args": {...}}
+    logger: Annotated[Literal["csv", "tensorboard"] | dict[str, Any], BeforeValidator(_read_logger), Role(identity=False)] = "csv"
+    # of one's own: paths, or [{"class_path": ..., "init_args": {...}}]
+    callbacks: Annotated[Objects, Role(identity="changed")] = []
     # seconds without progress on any rank, after which the job ends; None: never
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
     trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}  # other arguments of Lightning's Trainer
@@ -165,7 +191,7 @@ class Storage(Settings):
         return None if self.resume in ("auto", "never") else self.resume
 
 # %% ../nbs/05_config.ipynb #86bf8e07
-class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, ReadSettings):
+class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 
     def with_given(
@@ -196,7 +222,10 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, ReadS
 # %% ../nbs/05_config.ipynb #ce26fd36
 def _identity_of(config: NamedRun) -> dict[str, Any]:
     left_out = {*config.fields_with(identity=False)} - ({"resume"} if config.origin else set())
-    settings = config.resolved.model_dump(exclude=left_out)
+    unchanged = {
+        name for name in config.fields_with(identity="changed") if getattr(config, name) == type(config).model_fields[name].default
+    }
+    settings = config.resolved.model_dump(exclude=left_out | unchanged)
     if config.origin:
         settings["resume"] = _place_in(config.root, config.origin)
     data_arguments = {name: value for name, value in config.data_arguments.items() if name != "num_workers"}
@@ -285,6 +314,11 @@ def _check_agreement(config: RunConfig) -> None:
     _check_classes(config)
     _ = config.model_arguments, config.data_arguments  # they raise for a wrong argument
     config.check_read()
+    for field in ("callbacks", "logger"):
+        check_objects(field, getattr(config, field))
+    if config.has_data_module and config.loading:
+        raise ValueError(f"{', '.join(config.loading)}: {config.data_class.__name__} makes its own loaders. Set it there.")
+    _ = config.loading_functions  # likewise
 
 
 def _check_training(config: RunConfig) -> None:

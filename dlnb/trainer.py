@@ -6,11 +6,11 @@
 __all__ = ['REMEDY', 'fit', 'fit_trial', 'recorded_end']
 
 # %% ../nbs/07_trainer.ipynb #9bcbd741
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from .callbacks.pruning import ReportProgress
 from .callbacks.recorder import RunRecorder
@@ -37,6 +37,7 @@ def fit(
     config: RunConfig,
     model: LightningModule | None = None,  # else what the settings describe
     data: LightningDataModule | None = None,  # likewise
+    callbacks: Sequence[Callback] = (),  # beside those of the settings
 ) -> RunRecord:
     """Train, and return the run's record; its folder then holds checkpoints, metrics and weights.
 
@@ -57,7 +58,7 @@ def fit(
         plan = plan_run(config, record)
         if is_rank_zero(config):
             keep_source(config, record.folder)
-        trainer = build_trainer(plan)
+        trainer = build_trainer(plan, *callbacks)
         trained = build_model(config) if model is None else _with_optimizer(config, model)
         check_fits(plan, trained)
         _fit(trainer, trained, build_data(config) if data is None else data, record)

@@ -47,18 +47,7 @@ def add_boundaries(trainer: Trainer) -> None:
     call_after(epoch_loop, "on_advance_end", after_batch)
     call_after(fit_loop, "on_advance_end", call)
 
-
-def is_between_epochs(trainer: Trainer) -> bool:
-    "Whether no epoch is under way."
-    progress = trainer.fit_loop.epoch_progress.current
-    return progress.ready == progress.processed
-
 # %% ../../nbs/checkpoint/09_boundaries.ipynb #2cb9eb47
-def trained_batches(trainer: Trainer) -> int:
-    "How many batches of the epoch that is under way this rank has trained."
-    return 0 if is_between_epochs(trainer) else trainer.fit_loop.epoch_loop.batch_progress.current.completed
-
-
 def call_once_after(owner: Any, name: str, then: Callable) -> None:
     "Have `then` called after the next call of a method of one object."
     method = getattr(owner, name)

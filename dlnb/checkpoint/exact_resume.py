@@ -16,14 +16,23 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.utils.data import DistributedSampler
 
-from .boundaries import add_boundaries, call_once_after, is_between_epochs, trained_batches
+from .boundaries import add_boundaries, call_once_after
 from .host_copy import HostCopy
 from .loaders import ResumableBatches, ResumableLoader, Start, process_loaders, read_and_drop, resumable
 from .manifest import KEY, Manifest
 from .metric_state import metric_states, own_buffers, restore_buffers, restore_metrics
 from .random_state import generator_states, seed_generators, set_generator_states
 from .training_manifest import manifest_of
-from ..system.trainer_internals import data_fetcher, last_metrics, load_loader_states, loaders_of, set_sampler_epoch
+from ..loading.stream import ResumableStreamLoader
+from dlnb.system.trainer_internals import (
+    data_fetcher,
+    is_between_epochs,
+    last_metrics,
+    load_loader_states,
+    loaders_of,
+    set_sampler_epoch,
+    trained_batches,
+)
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #00c80826
 def rescale_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -112,6 +121,8 @@ def resume_position(
     if is_between_epochs(trainer):
         for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
             loop.on_iteration_done()  # a new epoch
+        if states.loaders and all(isinstance(loader, ResumableStreamLoader) for loader in loaders_of(fit_loop)):
+            load_loader_states(trainer, states.loaders)  # a stream knows where its next epoch begins
         return
     own = states.own(trainer)
     if own is None and (states.saved[0]["begun"] or drawing_samplers(trainer)):

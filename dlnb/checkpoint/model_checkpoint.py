@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from .boundaries import is_between_epochs
 from .collector import save_checkpoint
 from .exact_resume import ExactResume
 from .manifest import KEY
 from .training_manifest import manifest_of
 from .writer import Writer
+from ..system.trainer_internals import is_between_epochs
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7e50e817
 class RankedCheckpoints(ModelCheckpoint):

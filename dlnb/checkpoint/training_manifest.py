@@ -9,11 +9,10 @@ __all__ = []
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 
-from .boundaries import trained_batches
 from .manifest import Manifest
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
-from ..system.trainer_internals import loaders_of
+from ..system.trainer_internals import loaders_of, trained_batches
 from ..tracking.environment import package_versions
 
 # %% ../../nbs/checkpoint/11_training_manifest.ipynb #f23b9a28

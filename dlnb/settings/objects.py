@@ -10,10 +10,13 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
 
 from ..errors import unknown
-from .import_path import complete_arguments, load_class
+from .import_path import complete_arguments, load_callable
+from .text import read_text, read_words
 
 # %% ../../nbs/settings/07_objects.ipynb #39e28bac
 def load_object(
@@ -24,7 +27,7 @@ def load_object(
     if not isinstance(path, str) or not path:
         raise ValueError(f"{field}={path!r} must be the path of a class, as 'package.module.Class' or 'path/to/file.py:Class'.")
     if ":" in path:
-        return load_class(path, field)
+        return load_callable(path, field)
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -77,6 +80,22 @@ def _lacks_first(target: Callable, arguments: Mapping[str, Any]) -> bool:
     names = {cls.__qualname__ for cls in target.__mro__ if cls.__module__.startswith("torch.optim")}
     first = "params" if "Optimizer" in names else "optimizer" if names & {"LRScheduler", "ReduceLROnPlateau"} else None
     return first is not None and first not in arguments
+
+# %% ../../nbs/settings/07_objects.ipynb #50261d64
+def read_object(value: Any) -> Any:
+    "One object as its dictionary: of a path, of a dictionary, or of the JSON of one. Anything else as it is."
+    value = read_text(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+    return {"class_path": value} if isinstance(value, str) else value
+
+
+def read_objects(value: Any) -> Any:
+    "Several of them: a list, its JSON, or paths separated by commas."
+    value = [value] if isinstance(value, Mapping) else read_words(value)
+    return [read_object(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+Object = Annotated[dict[str, Any] | None, BeforeValidator(read_object)]
+Objects = Annotated[list[dict[str, Any]], BeforeValidator(read_objects)]
 
 # %% ../../nbs/settings/07_objects.ipynb #b1ebab13
 def specs(

@@ -18,7 +18,8 @@ from .values import check_value
 class Role:
     "What a setting is used for."
 
-    identity: bool = True  # it changes the training's result, so it is in the run's hash
+    # it changes the training's result, so it is in the run's hash; "changed": where it is not the default, as older runs lack it
+    identity: bool | Literal["changed"] = True
     search: Literal["no", "value", "entries"] = "no"  # a search may vary it, or the entries of the dictionary that it is
     inference: Literal["no", "run", "given"] = "no"  # inference reads it from the run's record, or from the user alone
 

@@ -56,6 +56,22 @@ def last_metrics(trainer: Trainer) -> dict[str, Any]:
     "What `trainer.callback_metrics` is a copy of."
     return trainer._logger_connector._callback_metrics
 
+# %% ../../nbs/system/10_trainer_internals.ipynb #be9360d7
+def is_between_epochs(trainer: Trainer) -> bool:
+    "Whether no epoch is under way."
+    progress = trainer.fit_loop.epoch_progress.current
+    return progress.ready == progress.processed
+
+
+def trained_batches(trainer: Trainer) -> int:
+    "How many batches of the epoch that is under way this rank has trained."
+    return 0 if is_between_epochs(trainer) else trainer.fit_loop.epoch_loop.batch_progress.current.completed
+
+
+def epoch_and_batch(trainer: Trainer) -> tuple[int, int]:
+    "The epoch, counted from 0, and `trained_batches`."
+    return trainer.fit_loop.epoch_progress.current.processed, trained_batches(trainer)
+
 # %% ../../nbs/system/10_trainer_internals.ipynb #601291ac
 def handle_signals_by(trainer: Trainer, handler: Callable[[int, Any], None]) -> None:
     "Have Lightning register this handler of SIGTERM and SIGUSR1 in place of its own."

@@ -30,8 +30,8 @@ def described(
     part: str,  # "model" or "data"
 ) -> str:
     "The hash of the settings that a part is made from."
-    passed = {"passed": config.passed_to_model} if part == "model" and config.passed_to_model else {}
-    return short_hash({name: config.identity[name] for name in _DESCRIBED[part]} | passed)
+    more = {"passed": config.passed_to_model} if part == "model" else {"loading": config.loading}
+    return short_hash({name: config.identity[name] for name in _DESCRIBED[part]} | {name: value for name, value in more.items() if value})
 
 # %% ../../nbs/training/00_build.ipynb #7232c30c
 def build_model(config: RunConfig) -> LightningModule:
@@ -54,7 +54,8 @@ def _build_data(config: RunConfig) -> LightningDataModule:
     arguments = build_objects(config.data_args, "data_args") | config.passed_to_data
     if not config.has_data_module:
         workers = arguments.pop("num_workers", "auto")
-        return DataModule(config.data_class, arguments, num_workers=workers, batch_size=config.batch_size, seed=config.seed)
+        shared = {"batch_size": config.batch_size, "seed": config.seed}
+        return DataModule(config.data_class, arguments, num_workers=workers, **shared, **config.loading_functions)
     data = config.data_class(**arguments)
     if not isinstance(data, LightningDataModule):
         raise ValueError(

@@ -27,6 +27,7 @@ from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.reshard import ContinueFrom
 from ..config import RunConfig
 from ..data import average_integers_exactly
+from ..settings.objects import build_objects
 from ..strategy import build_strategy
 from ..tracking.metrics import MetricsLogger
 from ..tracking.wandb import wandb_logger
@@ -73,13 +74,13 @@ def build_trainer(
     arguments |= {
         "accumulate_grad_batches": plan.accumulate_grad_batches,
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
-        "logger": [metrics, *([] if online is None else [online]), *_tensorboard(config, folder)],
+        "logger": [metrics, *([] if online is None else [online]), *_more_loggers(config, folder)],
         "enable_autolog_hparams": False,  # the record holds the settings
         "enable_checkpointing": checkpoints,
     }
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
-    callbacks += more
+    callbacks += [*build_objects(config.callbacks, "callbacks"), *more]
     return make_trainer(config, folder, callbacks, **arguments)
 
 # %% ../../nbs/training/03_trainer.ipynb #5107386f
@@ -91,9 +92,11 @@ def _resuming(plan: RunPlan) -> list[Callback]:
     return [ContinueFrom(start.path, weights_only=not start.own), CheckLengths(start.manifest)]
 
 
-def _tensorboard(config: RunConfig, folder: Path) -> list[Any]:
-    "A logger for TensorBoard where one is wanted; `tensorboard --logdir runs` shows all runs by their folders."
-    return [TensorBoardLogger(folder, name="", version="tensorboard")] if config.logger == "tensorboard" else []
+def _more_loggers(config: RunConfig, folder: Path) -> list[Any]:
+    "For TensorBoard, as `tensorboard --logdir runs` shows all runs by their folders, or one of the user's own."
+    if config.logger == "tensorboard":
+        return [TensorBoardLogger(folder, name="", version="tensorboard")]
+    return [] if config.logger == "csv" else [build_objects(config.logger, "logger")]
 
 
 def make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **arguments: Any) -> Trainer:

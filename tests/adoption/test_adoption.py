@@ -1,25 +1,21 @@
 """Projects that know nothing of dlnb: each is trained, tested, predicted, tuned, killed and resumed as it is."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
-from conftest import REPOSITORY, TRAIN
+from conftest import TRAIN
 from projects import HERE, PROJECTS, Project
 from safetensors.torch import load_file
 
 INFER, TUNE = TRAIN.with_name("infer.ipynb"), TRAIN.with_name("tune.ipynb")
 QUICK = ("notebook", "nested", "detector", "gathered")
 pytestmark = pytest.mark.timeout(400)
-ALL = [
-    pytest.param(project, id=project.name, marks=[] if project.name in QUICK else [pytest.mark.soak]) for project in PROJECTS
-]
+ALL = [pytest.param(project, id=project.name, marks=[] if project.name in QUICK else [pytest.mark.soak]) for project in PROJECTS]
 EACH = pytest.mark.parametrize("project", ALL)
 LONG = pytest.mark.soak
 
@@ -49,7 +45,9 @@ def train(launch, project: Project, name: str = "train", **more) -> Path:
 
 
 @EACH
-@pytest.mark.parametrize("strategy, devices", [("auto", 1), pytest.param("ddp", 2, marks=LONG), pytest.param("deepspeed_stage_3", 2, marks=LONG)])
+@pytest.mark.parametrize(
+    "strategy, devices", [("auto", 1), pytest.param("ddp", 2, marks=LONG), pytest.param("deepspeed_stage_3", 2, marks=LONG)]
+)
 def test_it_trains_is_tested_and_predicts(launch, project, here, strategy, devices):
     if sentence := project.refused.get(strategy):
         with pytest.raises(Exception, match=sentence):

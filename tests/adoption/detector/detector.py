@@ -34,7 +34,9 @@ class Detector(LightningModule):
     def loss(self, batch):
         images, targets = batch
         boxes = self.net(images).view(len(images), 3, 4)
-        return sum(nn.functional.l1_loss(out[: len(target["boxes"])], target["boxes"]) for out, target in zip(boxes, targets)) / len(targets)
+        return sum(nn.functional.l1_loss(out[: len(target["boxes"])], target["boxes"]) for out, target in zip(boxes, targets)) / len(
+            targets
+        )
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)

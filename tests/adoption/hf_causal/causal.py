@@ -24,7 +24,11 @@ class CausalLM(LightningModule):
 
     def predict_step(self, batch, batch_idx):
         prompt = batch["input_ids"][:, :2]
-        return {"text": [" ".join(map(str, ids)) for ids in self.model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).tolist()]}
+        return {
+            "text": [
+                " ".join(map(str, ids)) for ids in self.model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).tolist()
+            ]
+        }
 
 
 class Lines(torch.utils.data.Dataset):
