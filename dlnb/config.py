@@ -82,7 +82,7 @@ class Loading(ReadSettings):
     collate_fn: Annotated[Object, Role(identity="changed", inference="run")] = None
     drop_last: Annotated[bool, Role(identity="changed")] = True  # of an incomplete last optimizer step; else it is filled up
     # of the training data: a class or function that is called with the dataset, such as dlnb.data:LengthGroupedSampler
-    sampler: Annotated[Object, Role(identity="changed")] = None
+    data_sampler: Annotated[Object, Role(identity="changed")] = None
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -93,7 +93,8 @@ class Loading(ReadSettings):
     def loading_functions(self) -> dict[str, Any]:
         "The same for a `DataModule`. Raises `ValueError` where a path leads nowhere."
         specs = {name: read_spec(name, value) if isinstance(value, dict) else value for name, value in self.loading.items()}
-        return {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
+        made = {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
+        return {name.removeprefix("data_"): value for name, value in made.items()}
 
 # %% ../nbs/05_config.ipynb #56da3b37
 class Hardware(Settings):

@@ -24,7 +24,7 @@ MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.st
 INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
-    "errors system formats consolidate data optimizers optim strategy settings config tracking track checkpoint callbacks predictions "
+    "errors system formats consolidate loading data optimizers optim strategy settings config tracking track checkpoint callbacks predictions "
     "training trainer infer launch engine search tuner examples"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
@@ -192,7 +192,7 @@ def test_the_defaults_of_a_workflow_are_those_of_the_settings(name):
     cells = nbformat.read(TRAIN.with_stem(name), 4).cells
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     exec(cell.source, defaults := {})
-    chosen = {"model", "data", "max_epochs", "batch_size", "lr", "search_space"}  # by the example
+    chosen = {"model", "data", "max_epochs", "search_space"}  # by the example
     fields = RunConfig.model_fields | (StudyConfig.model_fields if name == "tune" else {})
     assert len(fields) > 20
     for name, field in fields.items():
