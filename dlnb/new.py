@@ -64,7 +64,7 @@ def with_defaults(
 ) -> str:
     "The cell with other defaults. Raises `KeyError` for a parameter that it does not assign."
     statements = [statement for statement in ast.parse(source).body if isinstance(statement, ast.Assign)]
-    assigned = {statement.targets[0].id: ast.get_source_segment(source, statement) for statement in statements}
+    assigned = {ast.unparse(statement.targets[0]): ast.get_source_segment(source, statement) for statement in statements}
     for name, value in defaults.items():
         statement = re.compile(f"^{re.escape(assigned[name])}", re.MULTILINE)
         source = statement.sub(lambda _: f"{name} = {value}", source, count=1)
