@@ -39,6 +39,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dlnb.data import DataModule
+from dlnb.loading.stream import Share, StreamLoader
 from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.writer import PredictionWriter
 
@@ -62,6 +63,13 @@ RETURNS = {
     "named": lambda x: Named(x[:, 1], x.half()),
     "tuple": lambda x: (x[:, 0].long(), [float(i) for i in x[:, 1]]),
     "text": lambda x: ["x" * int(i) for i in x[:, 0]],
+    "detections": lambda x: [None if i %% 5 == 4 else {"boxes": x[:1].new_full((int(i) %% 4, 2), i), "file": f"{int(i)}.png"} for i in x[:, 0]],
+    "ragged": lambda x: {"tags": {"all": [["a"] * (int(i) %% 3) for i in x[:, 0]], "none": None}, "flag": x[:, 0] > 3},
+}
+GATHERS = {
+    "gathered": lambda model, x: model.all_gather(x),
+    "gathered dict": lambda model, x: {"score": model.all_gather({"a": x[:, 1], "b": [x]}), "own": x[:, 1]},
+    "gathered and joined": lambda model, x: model.all_gather(x).reshape(-1, 2).softmax(1),
 }
 
 class Model(pl.LightningModule):
@@ -70,20 +78,31 @@ class Model(pl.LightningModule):
         if is_first_attempt and batch_idx == 2:
             (folder / f"waits-{self.global_rank}").touch()
             time.sleep(100)
-        return self.returns(batch[0] if isinstance(batch, list) else batch)
+        x = batch[0] if isinstance(batch, list) else batch
+        return self.returns(self, x) if self.returns in GATHERS.values() else self.returns(x)
 
-def predict(name, data, returns, num_samples):
+class OfTwo(Model):
+    def predict_step(self, batch, batch_idx, dataloader_idx): return self.returns(batch[0]) * (1 + dataloader_idx)
+
+class Streams(pl.LightningDataModule):
+    def predict_dataloader(self):
+        ranks = dict(num_replicas=self.trainer.world_size, rank=self.trainer.global_rank)
+        return StreamLoader(Share(Lines(), 4 * ranks["num_replicas"], **ranks, drop_last=False), batch_size=4)
+
+def predict(name, data, returns, num_samples, model=Model):
     trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
                          enable_progress_bar=False, callbacks=PredictionWriter(folder / name))
-    trainer.predict(Model(returns), data, return_predictions=False)
+    trainer.predict(model(returns), data, return_predictions=False)
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         merge_predictions(folder / name, num_samples)
 
-for name, returns in RETURNS.items():
+for name, returns in {**RETURNS, **GATHERS}.items():
     workers = 2 if name == "tensor" else 0
     predict(name, DataModule(Line, batch_size=4, num_workers=workers), returns, %(length)d)
 predict("lightning", DataLoader(Line(), batch_size=4, num_workers=1), RETURNS["tensor"], %(length)d)
+predict("loaders", [DataLoader(Line(), batch_size=4), DataLoader(Line(), batch_size=3)], RETURNS["tensor"], [%(length)d] * 2, OfTwo)
+predict("stream", Streams(), RETURNS["detections"], %(length)d)
 try:
     predict("iterable", DataLoader(Lines(), batch_size=4), RETURNS["tensor"], %(length)d)
 except ValueError as error:
@@ -157,6 +176,22 @@ EXPECTED = {
     "named": {"score": [i / 4 for i in range(LENGTH)], "halves": [[i, i / 4] for i in range(LENGTH)]},
     "tuple": {"prediction_0": list(range(LENGTH)), "prediction_1": [i / 4 for i in range(LENGTH)]},
     "text": {"prediction": ["x" * index for index in range(LENGTH)]},
+    "detections": {
+        "boxes": [None if i % 5 == 4 else [[i, i]] * (i % 4) for i in range(LENGTH)],
+        "file": [None if i % 5 == 4 else f"{i}.png" for i in range(LENGTH)],
+    },
+    "ragged": {
+        "tags.all": [["a"] * (i % 3) for i in range(LENGTH)],
+        "tags.none": [None] * LENGTH,
+        "flag": [i > 3 for i in range(LENGTH)],
+    },
+    "gathered": {"prediction": [[index, index / 4] for index in range(LENGTH)]},
+    "gathered dict": {
+        "score.a": [i / 4 for i in range(LENGTH)],
+        "score.b": [[[i, i / 4]] for i in range(LENGTH)],
+        "own": [i / 4 for i in range(LENGTH)],
+    },
+    "gathered and joined": {"prediction": [torch.tensor([i, i / 4]).softmax(0).tolist() for i in range(LENGTH)]},
 }
 
 
@@ -183,6 +218,23 @@ def test_loaders_that_lightning_shares_among_the_ranks_do_as_well(runs):
     expected = (runs["one"] / "tensor" / "predictions.parquet").read_bytes()
     for ranks in ("one", "two", "three"):
         assert (runs[ranks] / "lightning" / "predictions.parquet").read_bytes() == expected
+
+
+def test_a_stream_that_is_shared_makes_the_same_table_on_any_number_of_ranks(runs):
+    tables = [(runs[ranks] / "stream" / "predictions.parquet").read_bytes() for ranks in ("one", "two", "three")]
+    assert tables[0] == tables[1] == tables[2]
+    table = pq.read_table(runs["one"] / "stream" / "predictions.parquet")
+    assert table.to_pydict() == {"sample": list(range(LENGTH)), **EXPECTED["detections"]}
+
+
+def test_several_loaders_are_one_table_with_the_samples_of_each(runs):
+    tables = [(runs[ranks] / "loaders" / "predictions.parquet").read_bytes() for ranks in ("one", "two", "three")]
+    assert tables[0] == tables[1] == tables[2]
+    table = pq.read_table(runs["one"] / "loaders" / "predictions.parquet").to_pydict()
+    assert list(table) == ["dataloader_idx", "sample", "target", "prediction"]
+    assert table["dataloader_idx"] == [0] * LENGTH + [1] * LENGTH
+    assert table["sample"] == [*range(LENGTH)] * 2
+    assert table["prediction"] == [[index * k, index / 4 * k] for k in (1, 2) for index in range(LENGTH)]
 
 
 def test_samples_without_numbers_are_counted_on_one_rank_and_refused_on_several(runs):

@@ -61,6 +61,7 @@ class StreamLoader(DataLoader):
         batch_size: int,
         collate_fn: Callable | None = None,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),  # the epoch, and how many of its batches have been trained
+        **_: Any,  # DataLoader's own: Lightning makes the loader of a prediction again, with these
     ):
         super().__init__(share.stream, batch_size=batch_size, collate_fn=collate_fn or default_collate)
         self.share, self.place = share, place

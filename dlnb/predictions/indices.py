@@ -9,6 +9,8 @@ __all__ = []
 from collections.abc import Mapping
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 # %% ../../nbs/predictions/03_indices.ipynb #6fb5e55b
 class _FetchedIndices(dict):
     "Sample numbers of fetched batches that are not yet written, by batch number; replaces the list that Lightning appends to."
@@ -22,24 +24,31 @@ class _FetchedIndices(dict):
         self.num_fetched += 1
 
 # %% ../../nbs/predictions/03_indices.ipynb #d76ca95a
-def find_fetched_indices(
-    loader: Any,  # the loader that Lightning iterates over
+def check_numbered(
+    loader: Any,  # a loader of Lightning's `predict`
     ranks: int,  # in total
-) -> _FetchedIndices | None:  # None where samples have no numbers
-    "The numbers of the samples from `loader`. Raises `ValueError` where they cannot be known but several ranks need them."
+) -> None:
+    "Raises `ValueError` where the numbers of its samples cannot be known but several ranks need them."
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
         raise ValueError("DataLoader(in_order=False) does not tell which samples it delivers. Leave in_order out.")
-    for place in (loader, getattr(loader, "batch_sampler", None)):
-        if hasattr(place, "seen_batch_indices"):
-            if not isinstance(place.seen_batch_indices, _FetchedIndices):
-                place.seen_batch_indices = _FetchedIndices(place.seen_batch_indices)
-            return place.seen_batch_indices
-    if ranks > 1:
+    is_indexed = getattr(loader, "batch_sampler", None) is not None and not isinstance(loader.dataset, IterableDataset)
+    if ranks > 1 and not is_indexed and not hasattr(loader, "seen_batch_indices"):
         raise ValueError(
             f"The samples of this {type(loader).__name__} have no numbers, so {ranks} ranks cannot tell whose prediction "
             "is whose. Predict a map-style dataset (with __len__ and __getitem__) in a DataLoader with a batch_size, let "
             "dlnb.data.DataModule share the stream, or predict on one device."
         )
+
+
+def find_fetched_indices(
+    loader: Any,  # that a batch is from
+) -> _FetchedIndices | None:  # None where samples have no numbers
+    "The numbers of the samples of batches that are not yet written."
+    for place in (loader, getattr(loader, "batch_sampler", None)):
+        if hasattr(place, "seen_batch_indices"):
+            if not isinstance(place.seen_batch_indices, _FetchedIndices):
+                place.seen_batch_indices = _FetchedIndices(place.seen_batch_indices)
+            return place.seen_batch_indices
     return None
 
 # %% ../../nbs/predictions/03_indices.ipynb #0b90214c

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from .arrow_file import ArrowFile, part_file
 from .columns import Columns, batch_table
 from .gather import AnySizeGather, own_rows
-from .indices import count_samples, find_fetched_indices
+from .indices import check_numbered, count_samples, find_fetched_indices
 
 # %% ../../nbs/predictions/05_writer.ipynb #65ae880f
 def _empty(folder: Path) -> None:
@@ -89,7 +89,7 @@ class PredictionWriter(_RankFile):
         self.loaders, self.columns = _loaders(trainer), Columns()
         self.counted = [0] * len(self.loaders)  # samples without numbers
         for loader in self.loaders:
-            find_fetched_indices(loader, trainer.world_size)
+            check_numbered(loader, trainer.world_size)
 
     def write_on_batch_end(
         self,
@@ -104,16 +104,16 @@ class PredictionWriter(_RankFile):
         "Raises `ValueError` where the prediction lacks a row per sample, or has other columns than before."
         if prediction is None:
             raise ValueError("predict_step returned None. Return the batch's predictions, or remove PredictionWriter.")
-        samples = self._samples(trainer, prediction, batch, batch_idx, dataloader_idx)
+        samples = self._samples(prediction, batch, batch_idx, dataloader_idx)
         if self.gather.lengths:
             prediction = own_rows(prediction, self.gather.lengths, trainer.global_rank, trainer.world_size, len(samples))
             self.gather.lengths.clear()
         values = self.columns.read(prediction, len(samples))
         self.part.write(batch_table(samples, batch, values, dataloader_idx if len(self.loaders) > 1 else None))
 
-    def _samples(self, trainer: Trainer, prediction: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> np.ndarray:
+    def _samples(self, prediction: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> np.ndarray:
         "The numbers of a batch's samples."
-        fetched = find_fetched_indices(self.loaders[dataloader_idx], trainer.world_size)
+        fetched = find_fetched_indices(self.loaders[dataloader_idx])
         if fetched is not None:
             return np.array(fetched.pop(batch_idx), np.int64)
         first = self.counted[dataloader_idx]
