@@ -112,3 +112,18 @@ def check_fits(plan: RunPlan, model: LightningModule) -> None:
     layout = read_layout(start.path)
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, start.path)
+
+# %% ../../nbs/training/02_plan.ipynb #18be5475
+def check_trainable(config: RunConfig, model: LightningModule) -> None:
+    "Raise `ValueError` for a module that has several optimizers where the strategy steps one."
+    if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
+        return
+    try:
+        made = model.configure_optimizers()
+    except Exception:  # of a module without a Trainer: Lightning asks again
+        return
+    made = made[0] if isinstance(made, tuple) else made
+    if isinstance(made, list) and len(made) > 1:
+        raise ValueError(
+            f"strategy={config.strategy!r}: {type(model).__name__} has {len(made)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
+        )

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
+from ..callbacks.hyperparameters import PlainHyperparameters
 from ..callbacks.loss import CheckLoss
 from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
@@ -60,10 +61,11 @@ def build_trainer(
     settings, folder = config.resolved, record.folder
     check_interactive(settings)
     recorder = RunRecorder(record, config)
-    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), recorder, LearningRateMonitor("step")]
+    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
+    callbacks.append(LearningRateMonitor("step"))
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
-        callbacks.append(CheckMonitor(config.monitor))
+        callbacks.append(CheckMonitor(config.monitor, config.monitor == RunConfig.model_fields["monitor"].default))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
