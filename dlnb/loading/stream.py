@@ -61,7 +61,6 @@ class StreamLoader:
         batch_size: int,
         collate_fn: Callable | None = None,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),  # the epoch, and how many of its batches have been trained
-        **_: Any,  # DataLoader's own: Lightning makes the loader of a prediction again, with these
     ):
         self.share, self.place = share, place
         self.dataset, self.batch_size, self.num_workers = share.stream, batch_size, 0
