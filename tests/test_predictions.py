@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from dlnb.predictions import arrow_file, merge, plots
 from dlnb.predictions.arrow_file import part_file
 from dlnb.predictions.columns import batch_table
 from dlnb.predictions.merge import merge_predictions
+from dlnb.predictions.types import common_type, list_type, variable
 from dlnb.predictions.writer import PredictionWriter
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
@@ -188,7 +190,7 @@ EXPECTED = {
     "gathered": {"prediction": [[index, index / 4] for index in range(LENGTH)]},
     "gathered dict": {
         "score.a": [i / 4 for i in range(LENGTH)],
-        "score.b": [[[i, i / 4]] for i in range(LENGTH)],
+        "score.b_0": [[i, i / 4] for i in range(LENGTH)],
         "own": [i / 4 for i in range(LENGTH)],
     },
     "gathered and joined": {"prediction": [torch.tensor([i, i / 4]).softmax(0).tolist() for i in range(LENGTH)]},
@@ -256,7 +258,14 @@ VALUES = {
     "text": lambda samples: ["t" * (sample % 7) for sample in samples.tolist()],
     "flags": lambda samples: torch.from_numpy(samples[:, None] % [2, 3] == 0),
     "nested": lambda samples: torch.from_numpy(samples[:, None, None] * [[1, 2, 3], [4, 5, 6]]).half(),
+    "ragged": lambda samples: [torch.full((sample % 3, 2), sample) for sample in samples.tolist()],
+    "maybe": lambda samples: [None if sample % 4 else [sample, 0.5] for sample in samples.tolist()],
+    "found": lambda samples: [[{"box": [sample] * (sample % 3), "label": f"{sample}"}] * (sample % 2) for sample in samples.tolist()],
 }
+
+
+def as_python(values):
+    return values.tolist() if hasattr(values, "tolist") else [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def write_parts(folder: Path, shares: list[list[list[int]]]) -> None:
@@ -299,7 +308,7 @@ def places(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("merge")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), length=st.integers(1, 80))
 def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, length, small_sizes, places):
     folder, single = places(), places()
@@ -308,10 +317,37 @@ def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, leng
     table = merge_predictions(folder, length)
     rows = pq.read_table(table).to_pydict()
     expected = {name: values(np.arange(length)) for name, values in VALUES.items()}
-    expected = {name: values if name == "text" else values.tolist() for name, values in expected.items()}
+    expected = {name: as_python(values) for name, values in expected.items()}
     assert rows == {"sample": list(range(length)), **expected}
     assert table.read_bytes() == merge_predictions(single, length).read_bytes()
     assert [path.name for path in folder.iterdir()] == ["predictions.parquet"]
+
+
+SCALARS = st.sampled_from([pa.null(), pa.int64(), pa.float64(), pa.string(), pa.float32()])
+KINDS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.builds(list_type, inner, st.integers(0, 2)),
+        st.dictionaries(st.sampled_from("abc"), inner.map(variable), min_size=1).map(lambda fields: pa.struct(list(fields.items()))),
+    ),
+    max_leaves=4,
+)
+
+
+def joined(kinds):
+    try:
+        return reduce(common_type, kinds)
+    except TypeError:
+        return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(kinds=st.lists(KINDS, min_size=2, max_size=4), data=st.data())
+def test_the_common_type_does_not_depend_on_the_order_or_the_groups_in_which_types_come(kinds, data):
+    other = data.draw(st.permutations(kinds))
+    place = data.draw(st.integers(1, len(kinds) - 1))
+    groups = [joined(kinds[:place]), joined(kinds[place:])]
+    assert joined(kinds) == joined(other) == (None if None in groups else joined(groups))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
