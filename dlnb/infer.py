@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from .callbacks.load_weights import LoadWeights
 from .callbacks.recorder import RunRecorder
-from .checkpoint.weights import check_weights, find_weights, inference_config
+from .checkpoint.weights import check_weights, find_weights, inference_config, one_run
 from .config import RunConfig
 from .data import DataModule, evaluate_exactly
 from .errors import unknown
@@ -65,6 +65,7 @@ def predict(
 
 # %% ../nbs/08_infer.ipynb #bafb3df4
 def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, predict: bool) -> RunRecord:
+    run = one_run(Path(run)) if str(run) else run
     config = inference_config(run, **settings)
     model, data, layout = build_model(config), build_data(config), read_layout(config.resume)
     _check_split(config, data, split)
