@@ -9,15 +9,18 @@ __all__ = ['evaluate', 'predict']
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from .callbacks.load_weights import LoadWeights
 from .callbacks.recorder import RunRecorder
-from .checkpoint.weights import check_weights, find_weights, inference_config
+from .checkpoint.manifest import partial_of
+from .checkpoint.pretrained import base_of, check_left_out, find_pretrained
+from .checkpoint.weights import check_weights, find_weights, inference_config, lacking
 from .config import RunConfig
 from .data import evaluate_exactly
 from .errors import unknown
+from .formats.layout import Layout
 from .formats.reader import read_layout
 from .predictions.merge import merge_predictions
 from .predictions.plots import confusion_matrix
@@ -65,15 +68,14 @@ def predict(
 def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, predict: bool) -> RunRecord:
     config = inference_config(run, **settings)
     model, data, layout = build_model(config), _evaluation_data(config, split), read_layout(config.resume)
-    if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
-        check_weights(model, layout, config.resume)
+    base = _base(config, model, layout)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(*config.classes)
     if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):
             log.warning(line)
     with quiet_lightning():
-        trainer = _inference_trainer(config, record)
+        trainer = _inference_trainer(config, record, base)
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
             if test:
                 results = trainer.test(model, datamodule=data, verbose=False)
@@ -88,6 +90,21 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
     return record if trainer.is_global_zero else RunRecord.read(record.folder)
 
+# %% ../nbs/08_infer.ipynb #857ba392
+def _base(config: RunConfig, model: LightningModule, layout: Layout) -> Path | None:
+    "What is to be loaded before the weights; None for nothing. Raises `ValueError` where the weights do not fit the model."
+    partial, later = partial_of(layout), is_overridden("configure_model", model)
+    if partial:
+        base = base_of(partial, config.weights, config.resume)
+        if is_rank_zero(config) and not later:
+            check_left_out(model, partial, base, config.resume)
+    else:
+        needed = config.weights and not later and lacking(model, {*layout.weights, *layout.tied})
+        base = Path(config.weights) if needed else None
+    if layout.distributed is None and not later:  # else its names are known later
+        check_weights(model, layout, config.resume, find_pretrained(model, base).match.weights if base else ())
+    return base
+
 # %% ../nbs/08_infer.ipynb #c32beb9e
 def _evaluation_data(config: RunConfig, split: str) -> LightningDataModule:
     "The data, each sample once; `predict` on the test split goes through the hooks of `test`."
@@ -98,10 +115,10 @@ def _evaluation_data(config: RunConfig, split: str) -> LightningDataModule:
     return data
 
 
-def _inference_trainer(config: RunConfig, record: RunRecord) -> Trainer:
+def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None) -> Trainer:
     settings, folder = config.resolved, record.folder
     check_interactive(settings)
-    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder), PredictionWriter(folder)]
+    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder, base), PredictionWriter(folder)]
     online = wandb_logger(record, config.project(record.mode), config.tags, config.hash)
     trainer = make_trainer(config, folder, callbacks, logger=online or False, enable_checkpointing=False)
     record.resolved = {name: getattr(settings, name) for name in ("accelerator", "strategy")}
