@@ -29,7 +29,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 # %% ../../nbs/checkpoint/19_matching.ipynb #795e74d3
 _WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"^module\.|(?<![^.])(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|base_layer|original_module|modules_to_save\.[^.]+)\."
 )
 
@@ -59,13 +59,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def find_rule(model: Shapes, file: Shapes) -> Rule:
     "The rule that matches most names, of them the shortest."
-    counts: Counter[Rule] = Counter()
+    fitting: Counter[Rule] = Counter()
+    named: Counter[Rule] = Counter()  # of any shape, so that an error can say which
     for longer, shorter, side in ((model, file, "model"), (file, model, "file")):
         for name, shape in longer.items():
             for dot in re.finditer(r"\.", name):
-                if shorter.get(name[dot.end() :]) == shape:
-                    counts[Rule(**{side: name[: dot.end()]})] += 1
-    return max(counts, key=lambda rule: (counts[rule], -len(rule.model + rule.file)), default=Rule())
+                if (rest := name[dot.end() :]) in shorter:
+                    rule = Rule(**{side: name[: dot.end()]})
+                    named[rule] += 1
+                    fitting[rule] += shorter[rest] == shape
+    return max(named, key=lambda rule: (fitting[rule], named[rule], -len(rule.model + rule.file)), default=Rule())
 
 # %% ../../nbs/checkpoint/19_matching.ipynb #752ba36c
 class Match(NamedTuple):
