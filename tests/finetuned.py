@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-SIZES = dict(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+SIZES = dict(vocab_size=4096, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 
 
 def gpt2(**sizes) -> GPT2LMHeadModel:
@@ -15,7 +15,7 @@ def gpt2(**sizes) -> GPT2LMHeadModel:
 
 
 class Causal(LightningModule):
-    def __init__(self, vocabulary: int = 64):
+    def __init__(self, vocabulary: int = 4096):
         super().__init__()
         self.model = gpt2(vocab_size=vocabulary)
 
