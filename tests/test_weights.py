@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("peft")
 
 from finetuned import Adapted, Bottleneck, Causal, Later, gpt2
+from start_memory import LAYERS, WIDTH
 
 from dlnb.checkpoint.manifest import partial_of, read_manifest
 from dlnb.checkpoint.pretrained import fill_model, find_pretrained
@@ -269,3 +272,16 @@ def test_a_model_that_is_built_later_takes_weights_and_leaves_none_out_unseen(he
     for name, tensor in weights_of(run).items():
         torch.testing.assert_close(tensor, base_weights()[name], atol=1e-9, rtol=0)
     assert Later().state_dict() == {}
+
+
+@LONG
+def test_two_ranks_of_zero_3_need_an_eighth_of_the_file_beside_the_parts_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = {f"layers.{number}.weight": torch.randn(WIDTH, WIDTH) for number in range(LAYERS)}
+    save_file(weights, "wide.safetensors")
+    command = [sys.executable, str(HERE.with_name("start_memory.py")), "wide.safetensors"]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    ranks = [json.loads(Path(f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(rank["sum"] for rank in ranks) == pytest.approx(sum(weight.double().sum().item() for weight in weights.values()))
+    size = Path("wide.safetensors").stat().st_size
+    assert size > 200e6 and sum(rank["peak"] - rank["before"] for rank in ranks) < 0.2 * size

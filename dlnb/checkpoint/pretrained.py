@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fill import put_values
+from .fill import PORTION, put_elements
 from .manifest import Partial, partial_of
 from .matching import Match, match_weights, tensors_of
 from .weights import few, find_weights
@@ -79,7 +79,7 @@ def fill_model(model: nn.Module, weights: Mapping[str, Weight]) -> None:
             raise ValueError(
                 f"{name} is on the meta device, and takes no weights. Make it in configure_model, under a strategy that shards."
             )
-        put_values(tensor.data, 0, read_elements(weight))
+        put_elements(tensor.data, 0, weight)
         filled.add(id(tensor))
 
 # %% ../../nbs/checkpoint/20_pretrained.ipynb #2e03c4ac
@@ -100,15 +100,13 @@ def digests(
         return dict(zip(known, pool.map(lambda name: _digest(tensors[name], weights.get(name)), known)))
 
 
-PORTION = 1 << 22  # elements of a file in memory at once
-
-
 def _digest(tensor: Tensor, weight: Weight | None) -> str | None:
     if weight is None and tensor.is_meta:
         return None
     hashed, size = hashlib.sha256(), tensor.numel()
-    for start in range(0, size, PORTION) if weight else ():
-        hashed.update(_bytes(read_elements(weight, start, min(start + PORTION, size)).to(tensor.dtype)))
+    portion = size if weight and weight.strided else PORTION
+    for start in range(0, size, portion) if weight else ():
+        hashed.update(_bytes(read_elements(weight, start, min(start + portion, size)).to(tensor.dtype)))
     if weight is None:
         hashed.update(_bytes(tensor.detach().cpu()))
     return hashed.hexdigest()[:16]

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .collector import writes_one_file
-from .fill import fill_states, fill_weights, put_values
+from .fill import fill_states, fill_weights, put_elements
 from .manifest import is_own, partial_of, read_manifest
 from .partition import find_slots
 from .plain_values import plain_values_only
@@ -143,10 +143,10 @@ def load_parameters(
 def _load_parameter(parameter: torch.nn.Parameter, weight: Weight) -> None:
     "All of it, or under stage 3 this rank's equal part, whose end may be padding."
     if not hasattr(parameter, "ds_tensor"):
-        return put_values(parameter.data, 0, read_elements(weight))
+        return put_elements(parameter.data, 0, weight)
     size = parameter.ds_tensor.ds_numel
     start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
-    put_values(parameter.ds_tensor.data, 0, read_elements(weight, start, min(start + size, parameter.ds_numel)))
+    put_elements(parameter.ds_tensor.data, 0, weight, start, min(start + size, parameter.ds_numel))
 
 
 def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
