@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -14,6 +15,15 @@ def requirements(key: str) -> list[str]:
     return [line for line in settings[key].splitlines() if line.strip()]
 
 
+class SourceDistribution(sdist):
+    "With the settings, which are read above."
+
+    def make_distribution(self) -> None:
+        self.filelist.append("settings.ini")
+        super().make_distribution()
+
+
+template = [".gitignore", "README.md", "settings.ini", "setup.py", "nbs/*.ipynb", "my_project/*.py", "tests/*.py"]
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -25,8 +35,11 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"].split(),
     url=settings["git_url"],
-    packages=find_packages(include=["dlnb", "dlnb.*"]),
-    package_data={"dlnb": ["py.typed"]},
+    # The notebooks that `python -m dlnb.new` makes a project of are within the package in a wheel, and stay where they are in a checkout.
+    packages=[*find_packages(include=["dlnb", "dlnb.*"]), "dlnb.nbs"],
+    package_dir={"dlnb.nbs": "nbs"},
+    package_data={"dlnb": ["py.typed"], "dlnb.nbs": ["workflows/*.ipynb", *(f"_template/{pattern}" for pattern in template)]},
+    cmdclass={"sdist": SourceDistribution},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
     extras_require={"dev": requirements("dev_requirements")},

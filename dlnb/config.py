@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
-from .settings.model_and_data import ReadSettings
+from .settings.model_and_data import ReadSettings, own_optimizer
 from .settings.objects import Object, Objects, Spec, check_objects, read_object, read_spec, with_entry
 from .settings.roles import Role, Settings
 from .settings.text import Dictionary, read_dictionary, read_words
@@ -82,7 +82,7 @@ class Loading(ReadSettings):
     collate_fn: Annotated[Object, Role(identity="changed", inference="run")] = None
     drop_last: Annotated[bool, Role(identity="changed")] = True  # of an incomplete last optimizer step; else it is filled up
     # of the training data: a class or function that is called with the dataset, such as dlnb.data:LengthGroupedSampler
-    sampler: Annotated[Object, Role(identity="changed")] = None
+    data_sampler: Annotated[Object, Role(identity="changed")] = None
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -93,7 +93,8 @@ class Loading(ReadSettings):
     def loading_functions(self) -> dict[str, Any]:
         "The same for a `DataModule`. Raises `ValueError` where a path leads nowhere."
         specs = {name: read_spec(name, value) if isinstance(value, dict) else value for name, value in self.loading.items()}
-        return {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
+        made = {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
+        return {name.removeprefix("data_"): value for name, value in made.items()}
 
 # %% ../nbs/05_config.ipynb #56da3b37
 class Hardware(Settings):
@@ -260,11 +261,22 @@ def _place_in(root: str, path: str) -> str:
 
 # %% ../nbs/05_config.ipynb #87796832
 def _readable_name(config: NamedRun) -> str:
-    arguments = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | str)}
+    parameters = inspect.signature(config.model_class).parameters
+    plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | str)}
+    arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
     shape = f"{config.batch_size}x{config.world_size}x{config.accumulate_grad_batches}"
-    words = [f"{name}={value}" for name, value in arguments.items()] + [shape, config.precision]
+    rate = [] if "lr" in config.unread else [f"lr={config.lr:g}"]
+    words = [f"{name}={value}" for name, value in arguments.items()] + rate + [shape, config.precision.removesuffix("-true")]
     name = re.sub(r"[^\w.=-]+", "_", "-".join(words))
-    return os.fsencode(name)[:160].decode(errors="ignore")
+    return os.fsencode(name)[:60].decode(errors="ignore")
+
+
+def known_folder(
+    folder: Path,  # its name ends with a hash
+) -> Path:
+    "The folder of the same hash that an earlier version of dlnb has named otherwise, where there is just one; else this one."
+    others = [] if folder.exists() else list(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}"))
+    return others[0] if len(others) == 1 else folder
 
 
 def _check_mode(mode: str) -> str:
@@ -304,7 +316,7 @@ class RunConfig(NamedRun):
 
     @property
     def run_name(self) -> str:
-        "What a person reads: integer and categorical arguments of the model, batch x ranks x accumulation, precision."
+        "What a person reads: the model's integer and text arguments but the defaults, learning rate, batch x ranks x accumulation, precision."
         return self.name or _readable_name(self)
 
     def folder(
@@ -338,6 +350,8 @@ def _check_agreement(config: RunConfig) -> None:
 
 
 def _check_training(config: RunConfig) -> None:
+    if problem := strategy_problem(config):
+        raise ValueError(f"strategy={config.strategy!r} {problem}")
     if config.strategy.startswith("deepspeed") and config.gradient_clip_algorithm == "value":
         raise ValueError("gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'.")
     if config.excludes_frozen and config.strategy.startswith("fsdp"):
@@ -360,7 +374,10 @@ def _check_reporting(config: RunConfig) -> None:
 def _check_classes(config: RunConfig) -> None:
     from lightning.pytorch import LightningModule
 
-    if inspect.isclass(config.model_class) and not issubclass(config.model_class, LightningModule):
+    is_class = inspect.isclass(config.model_class)
+    if is_class and issubclass(config.model_class, LightningModule) and config.model_class.training_step is LightningModule.training_step:
+        raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
+    if is_class and not issubclass(config.model_class, LightningModule):
         raise ValueError(
             f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )
@@ -371,6 +388,20 @@ def _check_classes(config: RunConfig) -> None:
         )
     if not config.has_data_module and "split" not in config.data_parameters:
         raise ValueError(f"data={config.data!r} is neither a LightningDataModule nor a dataset class that takes split=.")
+
+# %% ../nbs/05_config.ipynb #4a76eb14
+def strategy_problem(config: NamedRun) -> str:
+    "Why the strategy cannot train this run, with the remedy; empty where it can."
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    entry = StrategyRegistry.get(config.strategy) if config.strategy != "auto" else None
+    method = StrategyRegistry[config.strategy]["init_params"].get("start_method", "popen") if entry else "popen"
+    if method != "popen":
+        same = re.sub("_(spawn|fork|notebook)", "", config.strategy)
+        return f"starts its ranks by multiprocessing's {method!r}, from a process that cannot be copied. {same!r} is the same training: use it."
+    if config.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
+        return f"has lost the shapes that decide what decays when dlnb's optimizer is made. Define configure_optimizers in {config.model_class.__name__}."
+    return ""
 
 # %% ../nbs/05_config.ipynb #616dfe9a
 def _check_strategy_args(strategy: str, arguments: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@
 __all__ = ['evaluate', 'predict']
 
 # %% ../nbs/08_infer.ipynb #57ead78e
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from .checkpoint.manifest import partial_of
 from .checkpoint.pretrained import base_of, check_left_out, find_pretrained
 from .checkpoint.weights import check_weights, find_weights, inference_config, lacking
 from .config import RunConfig
-from .data import evaluate_exactly
+from .data import DataModule, evaluate_exactly
 from .errors import unknown
 from .formats.layout import Layout
 from .formats.reader import read_layout
@@ -45,7 +47,7 @@ def evaluate(
     """Test a model on the samples of its data's test split, each once on any number of ranks.
 
     The record's folder then holds `metrics.json`, and `predictions.parquet` where that was asked for. Raises `ValueError` for
-    settings and weights that do not fit, before any process starts.
+    settings and weights that do not fit, before any process starts, and `RuntimeError` where the predictions fail: the metrics are written by then.
     """
     return _infer(run, "test", settings, test=True, predict=predictions)
 
@@ -67,7 +69,8 @@ def predict(
 # %% ../nbs/08_infer.ipynb #bafb3df4
 def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, predict: bool) -> RunRecord:
     config = inference_config(run, **settings)
-    model, data, layout = build_model(config), _evaluation_data(config, split), read_layout(config.resume)
+    model, data, layout = build_model(config), build_data(config), read_layout(config.resume)
+    _check_split(config, data, split)
     base = _base(config, model, layout)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(*config.classes)
@@ -77,16 +80,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     with quiet_lightning():
         trainer = _inference_trainer(config, record, base)
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
-            if test:
-                results = trainer.test(model, datamodule=data, verbose=False)
-                record.metrics = {name: value for result in results for name, value in result.items()}
-            if predict and (not test or is_overridden("predict_step", model)):
-                trainer.predict(model, datamodule=data, return_predictions=False)
-                trainer.strategy.barrier()
-                if trainer.is_global_zero:
-                    _merge(record)
-            if trainer.is_global_zero:
-                _write_metrics(record)
+            _fill(trainer, model, _evaluation_data(data, split), record, test, predict)
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
     return record if trainer.is_global_zero else RunRecord.read(record.folder)
 
@@ -105,10 +99,57 @@ def _base(config: RunConfig, model: LightningModule, layout: Layout) -> Path | N
         check_weights(model, layout, config.resume, find_pretrained(model, base).match.weights if base else ())
     return base
 
+# %% ../nbs/08_infer.ipynb #f2e5379c
+def _fill(trainer: Trainer, model: LightningModule, data: LightningDataModule, record: RunRecord, test: bool, predict: bool) -> None:
+    if test:
+        results = trainer.test(model, datamodule=data, verbose=False)
+        record.metrics = {name: value for result in results for name, value in result.items()}
+        if trainer.is_global_zero:
+            _write_metrics(record)
+            record.write()
+    if not predict or test and not is_overridden("predict_step", model):
+        return
+    with _metrics_kept(record) if test else nullcontext():
+        trainer.predict(model, datamodule=data, return_predictions=False)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            _merge(record)
+    if trainer.is_global_zero:
+        _write_metrics(record)
+
+
+@contextmanager
+def _metrics_kept(record: RunRecord) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"The test's metrics are in {record.folder / 'metrics.json'}, but its predictions have failed. {type(error).__name__}: {error} "
+            "(Set predictions=False to leave the predictions out.)"
+        ) from error
+
+# %% ../nbs/08_infer.ipynb #8f19da22
+def _check_split(config: RunConfig, data: LightningDataModule, split: str) -> None:
+    "Raises `ValueError` where the data has no such split."
+    remedy = {
+        "predict": "Set split='test': with predictions=True it predicts the samples of the test split.",
+        "test": "Set split='predict' to predict without a test.",
+    }[split]
+    if not isinstance(data, DataModule):
+        if not is_overridden(f"{split}_dataloader", data):
+            raise ValueError(f"data={config.data!r} has no {split}_dataloader, so there are no samples for split={split!r}. {remedy}")
+        return
+    try:
+        data.dataset(split)
+    except Exception as error:
+        raise ValueError(
+            f"data={config.data!r} has made no dataset of split={split!r}. {type(error).__name__}: {error} {remedy}"
+        ) from error
+
 # %% ../nbs/08_infer.ipynb #c32beb9e
-def _evaluation_data(config: RunConfig, split: str) -> LightningDataModule:
+def _evaluation_data(data: LightningDataModule, split: str) -> LightningDataModule:
     "The data, each sample once; `predict` on the test split goes through the hooks of `test`."
-    data = evaluate_exactly(build_data(config))
+    data = evaluate_exactly(data)
     if split == "test":
         data.predict_dataloader, setup = data.test_dataloader, data.setup
         data.setup = lambda stage: setup("test")

@@ -14,8 +14,11 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,12 +66,42 @@ def _check_options(name: str, options: dict) -> None:
         if option not in choices:
             raise ValueError(unknown(f"{name} option", option, choices))
 
+# %% ../nbs/04_strategy.ipynb #e23224cf
+class Compiled(nn.Module):
+    "Stands for a module that `torch.compile` has wrapped: the same names of parameters, the same compiled code."
+
+    def __init__(self, wrapper: OptimizedModule):
+        super().__init__()
+        self._orig_mod = wrapper._orig_mod
+        self.compiled = wrapper.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+
+def replace_compiled(module: nn.Module) -> None:
+    "Put a `Compiled` in the place of every wrapped submodule."
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, OptimizedModule):
+                setattr(parent, name, Compiled(child))
+
 # %% ../nbs/04_strategy.ipynb #a6154202
 class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
     "Lightning's `DeepSpeedStrategy`, which divides a loss by `accumulate_grad_batches` once and not twice."
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False} | kwargs)
+
+    def setup(self, trainer: Trainer) -> None:
+        replace_compiled(self.lightning_module)
+        super().setup(trainer)
 
 # %% ../nbs/04_strategy.ipynb #9101bef2
 class CPUDeepSpeedStrategy(OneDivisionDeepSpeedStrategy):

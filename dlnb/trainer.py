@@ -24,7 +24,7 @@ from .tracking.kept_source import keep_source
 from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
 from .training.build import build_data, build_model, meanings_kept, with_objects
-from .training.plan import RunPlan, check_fits, plan_run
+from .training.plan import RunPlan, check_fits, check_trainable, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
 from .training.trainer import build_trainer, quiet_lightning
@@ -60,6 +60,7 @@ def fit(
             keep_source(config, record.folder)
         trainer = build_trainer(plan, *callbacks)
         trained = build_model(config) if model is None else _with_optimizer(config, model)
+        check_trainable(config, trained)
         check_fits(plan, trained)
         _fit(trainer, trained, build_data(config) if data is None else data, record)
     return record if trainer.is_global_zero else await_end(record)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -78,6 +79,15 @@ def environment(tmp_path_factory):
     "Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way."
     os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     os.environ["DLNB_KEY"] = str(tmp_path_factory.mktemp("installation") / "key")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The project's files in another place."
+    folder = tmp_path_factory.mktemp("copy") / "dlnb"
+    leave = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__", "runs", ".ipynb_checkpoints", "build")
+    shutil.copytree(REPOSITORY, folder, ignore=leave)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,84 @@ def test_a_data_module_of_ones_own_gives_each_sample_once_on_two_ranks(launch, t
         assert metrics == ({"mean": 10.0, "samples": 11} if split == "test" else {"samples": 11})
 
 
+ODD = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+class OnlyTest(LightningDataModule):
+    def test_dataloader(self):
+        return DataLoader(torch.arange(11.0), batch_size=4)
+
+class Splits(torch.utils.data.Dataset):
+    def __init__(self, split):
+        self.samples = {"train": torch.arange(40.0), "test": torch.arange(11.0)}[split]
+    def __len__(self): return len(self.samples)
+    def __getitem__(self, index): return self.samples[index]
+
+class Mean(LightningModule):
+    def __init__(self, fails=None):
+        super().__init__()
+        self.fails, self.scale = fails, torch.nn.Parameter(torch.ones(1))
+    def training_step(self, batch): ...
+    def test_step(self, batch):
+        self.log("mean", (self.scale * batch).mean(), sync_dist=True, batch_size=len(batch))
+    def predict_step(self, batch, batch_idx):
+        if self.fails == "raises" and batch_idx == 1:
+            raise KeyError("no such thing")
+        return {"whole": batch.mean()} if self.fails == "a mean" else {"all": self.all_gather({"x": self.scale * batch})}
+"""
+
+
+@pytest.fixture
+def odd(tmp_path) -> dict:
+    "Settings of a model and data that lack something, but for the names of the classes."
+    (tmp_path / "odd.py").write_text(ODD)
+    torch.save({"state_dict": {"scale": torch.tensor([2.0])}}, tmp_path / "mean.ckpt")
+    return dict(run=str(tmp_path / "mean.ckpt"), model=f"{tmp_path / 'odd.py'}:Mean", accelerator="cpu", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("data", ["OnlyTest", "Splits"])
+def test_data_that_can_only_be_tested_is_predicted_with_its_test(odd, data, launch, tmp_path):
+    odd |= dict(data=f"{tmp_path / 'odd.py'}:{data}")
+    tables = set()
+    for ranks in (1, 2):
+        _, folder = launch(INFER, None, **odd, devices=ranks)
+        tables.add((folder / "predictions.parquet").read_bytes())
+        assert pandas.read_parquet(folder / "predictions.parquet")["all.x"].tolist() == [2.0 * n for n in range(11)]
+        assert json.loads((folder / "metrics.json").read_text()) == {"mean": 10.0, "samples": 11}
+    assert len(tables) == 1
+    with pytest.raises(ValueError, match="split='predict'.* Set split='test': with predictions=True it predicts"):
+        predict(odd.pop("run"), devices=1, **odd)
+    assert not list(tmp_path.rglob("predict"))
+
+
+@pytest.mark.parametrize("data", ["OnlyTest", "Splits"])
+def test_an_unknown_split_of_the_test_names_the_other_one(odd, data, tmp_path):
+    text = ODD.replace("def test_dataloader", "def predict_dataloader").replace('"test":', '"predict":')
+    (tmp_path / "odd.py").write_text(text)
+    with pytest.raises(ValueError, match="split='test'.* Set split='predict' to predict without a test"):
+        evaluate(odd.pop("run"), True, data=f"{tmp_path / 'odd.py'}:{data}", devices=1, **odd)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "fails, reason", [("a mean", "returned one value as 'whole' for a batch of 4"), ("raises", "KeyError: 'no such thing'")]
+)
+def test_what_cannot_be_predicted_leaves_the_tests_metrics(odd, fails, reason, ranks, launch, tmp_path):
+    odd |= dict(data=f"{tmp_path / 'odd.py'}:OnlyTest", model_args={"fails": fails}, devices=ranks)
+    with pytest.raises(Exception, match="Set predictions=False to leave the predictions out") as raised:
+        launch(INFER, None, **odd)
+    assert reason in str(raised.value)
+    (path,) = tmp_path.rglob("run.json")
+    record = json.loads(path.read_text())
+    assert json.loads(path.with_name("metrics.json").read_text()) == record["metrics"] == {"mean": 10.0}
+    assert record["status"] == "failed" and reason in record["error"] and record["predictions"] is None
+    assert not path.with_name("predictions.parquet").exists()
+    _, folder = launch(INFER, None, **odd, predictions=False)
+    assert json.loads((folder / "metrics.json").read_text()) == {"mean": 10.0}
+
+
 AGAIN = """
 import sys
 from dlnb.config import RunConfig

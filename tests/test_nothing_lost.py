@@ -333,7 +333,7 @@ class TwoSteps(Scripted):
 
 def test_metrics_of_manual_optimization_are_neither_lost_nor_doubled(tmp_path, monkeypatch):
     def settings(name):
-        return config(tmp_path / name, model=f"{HERE}:TwoSteps", max_epochs=4, log_every_n_steps=1)
+        return config(tmp_path / name, model=f"{HERE}:TwoSteps", optimizer="auto", max_epochs=4, log_every_n_steps=1)
 
     stopped(monkeypatch, settings("killed"), before_step=12)
     killed, whole = fit(settings("killed")).folder, fit(settings("whole")).folder

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from dlnb.predictions import arrow_file, merge, plots
 from dlnb.predictions.arrow_file import part_file
 from dlnb.predictions.columns import batch_table
 from dlnb.predictions.merge import merge_predictions
+from dlnb.predictions.types import common_type, list_type, variable
 from dlnb.predictions.writer import PredictionWriter
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
@@ -39,6 +41,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dlnb.data import DataModule
+from dlnb.loading.stream import Share, StreamLoader
 from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.writer import PredictionWriter
 
@@ -62,6 +65,13 @@ RETURNS = {
     "named": lambda x: Named(x[:, 1], x.half()),
     "tuple": lambda x: (x[:, 0].long(), [float(i) for i in x[:, 1]]),
     "text": lambda x: ["x" * int(i) for i in x[:, 0]],
+    "detections": lambda x: [None if i %% 5 == 4 else {"boxes": x[:1].new_full((int(i) %% 4, 2), i), "file": f"{int(i)}.png"} for i in x[:, 0]],
+    "ragged": lambda x: {"tags": {"all": [["a"] * (int(i) %% 3) for i in x[:, 0]], "none": None}, "flag": x[:, 0] > 3},
+}
+GATHERS = {
+    "gathered": lambda model, x: model.all_gather(x),
+    "gathered dict": lambda model, x: {"score": model.all_gather({"a": x[:, 1], "b": [x]}), "own": x[:, 1]},
+    "gathered and joined": lambda model, x: model.all_gather(x).reshape(-1, 2).softmax(1),
 }
 
 class Model(pl.LightningModule):
@@ -70,20 +80,31 @@ class Model(pl.LightningModule):
         if is_first_attempt and batch_idx == 2:
             (folder / f"waits-{self.global_rank}").touch()
             time.sleep(100)
-        return self.returns(batch[0] if isinstance(batch, list) else batch)
+        x = batch[0] if isinstance(batch, list) else batch
+        return self.returns(self, x) if self.returns in GATHERS.values() else self.returns(x)
 
-def predict(name, data, returns, num_samples):
+class OfTwo(Model):
+    def predict_step(self, batch, batch_idx, dataloader_idx): return self.returns(batch[0]) * (1 + dataloader_idx)
+
+class Streams(pl.LightningDataModule):
+    def predict_dataloader(self):
+        ranks = dict(num_replicas=self.trainer.world_size, rank=self.trainer.global_rank)
+        return StreamLoader(Share(Lines(), 4 * ranks["num_replicas"], **ranks, drop_last=False), batch_size=4)
+
+def predict(name, data, returns, num_samples, model=Model):
     trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
                          enable_progress_bar=False, callbacks=PredictionWriter(folder / name))
-    trainer.predict(Model(returns), data, return_predictions=False)
+    trainer.predict(model(returns), data, return_predictions=False)
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         merge_predictions(folder / name, num_samples)
 
-for name, returns in RETURNS.items():
+for name, returns in {**RETURNS, **GATHERS}.items():
     workers = 2 if name == "tensor" else 0
     predict(name, DataModule(Line, batch_size=4, num_workers=workers), returns, %(length)d)
 predict("lightning", DataLoader(Line(), batch_size=4, num_workers=1), RETURNS["tensor"], %(length)d)
+predict("loaders", [DataLoader(Line(), batch_size=4), DataLoader(Line(), batch_size=3)], RETURNS["tensor"], [%(length)d] * 2, OfTwo)
+predict("stream", Streams(), RETURNS["detections"], %(length)d)
 try:
     predict("iterable", DataLoader(Lines(), batch_size=4), RETURNS["tensor"], %(length)d)
 except ValueError as error:
@@ -157,6 +178,22 @@ EXPECTED = {
     "named": {"score": [i / 4 for i in range(LENGTH)], "halves": [[i, i / 4] for i in range(LENGTH)]},
     "tuple": {"prediction_0": list(range(LENGTH)), "prediction_1": [i / 4 for i in range(LENGTH)]},
     "text": {"prediction": ["x" * index for index in range(LENGTH)]},
+    "detections": {
+        "boxes": [None if i % 5 == 4 else [[i, i]] * (i % 4) for i in range(LENGTH)],
+        "file": [None if i % 5 == 4 else f"{i}.png" for i in range(LENGTH)],
+    },
+    "ragged": {
+        "tags.all": [["a"] * (i % 3) for i in range(LENGTH)],
+        "tags.none": [None] * LENGTH,
+        "flag": [i > 3 for i in range(LENGTH)],
+    },
+    "gathered": {"prediction": [[index, index / 4] for index in range(LENGTH)]},
+    "gathered dict": {
+        "score.a": [i / 4 for i in range(LENGTH)],
+        "score.b_0": [[i, i / 4] for i in range(LENGTH)],
+        "own": [i / 4 for i in range(LENGTH)],
+    },
+    "gathered and joined": {"prediction": [torch.tensor([i, i / 4]).softmax(0).tolist() for i in range(LENGTH)]},
 }
 
 
@@ -185,6 +222,23 @@ def test_loaders_that_lightning_shares_among_the_ranks_do_as_well(runs):
         assert (runs[ranks] / "lightning" / "predictions.parquet").read_bytes() == expected
 
 
+def test_a_stream_that_is_shared_makes_the_same_table_on_any_number_of_ranks(runs):
+    tables = [(runs[ranks] / "stream" / "predictions.parquet").read_bytes() for ranks in ("one", "two", "three")]
+    assert tables[0] == tables[1] == tables[2]
+    table = pq.read_table(runs["one"] / "stream" / "predictions.parquet")
+    assert table.to_pydict() == {"sample": list(range(LENGTH)), **EXPECTED["detections"]}
+
+
+def test_several_loaders_are_one_table_with_the_samples_of_each(runs):
+    tables = [(runs[ranks] / "loaders" / "predictions.parquet").read_bytes() for ranks in ("one", "two", "three")]
+    assert tables[0] == tables[1] == tables[2]
+    table = pq.read_table(runs["one"] / "loaders" / "predictions.parquet").to_pydict()
+    assert list(table) == ["dataloader_idx", "sample", "target", "prediction"]
+    assert table["dataloader_idx"] == [0] * LENGTH + [1] * LENGTH
+    assert table["sample"] == [*range(LENGTH)] * 2
+    assert table["prediction"] == [[index * k, index / 4 * k] for k in (1, 2) for index in range(LENGTH)]
+
+
 def test_samples_without_numbers_are_counted_on_one_rank_and_refused_on_several(runs):
     table = pq.read_table(runs["one"] / "iterable" / "predictions.parquet")
     assert table.to_pydict() == {"sample": list(range(LENGTH)), **EXPECTED["tensor"]}
@@ -204,7 +258,14 @@ VALUES = {
     "text": lambda samples: ["t" * (sample % 7) for sample in samples.tolist()],
     "flags": lambda samples: torch.from_numpy(samples[:, None] % [2, 3] == 0),
     "nested": lambda samples: torch.from_numpy(samples[:, None, None] * [[1, 2, 3], [4, 5, 6]]).half(),
+    "ragged": lambda samples: [torch.full((sample % 3, 2), sample) for sample in samples.tolist()],
+    "maybe": lambda samples: [None if sample % 4 else [sample, 0.5] for sample in samples.tolist()],
+    "found": lambda samples: [[{"box": [sample] * (sample % 3), "label": f"{sample}"}] * (sample % 2) for sample in samples.tolist()],
 }
+
+
+def as_python(values):
+    return values.tolist() if hasattr(values, "tolist") else [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def write_parts(folder: Path, shares: list[list[list[int]]]) -> None:
@@ -247,7 +308,7 @@ def places(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("merge")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), length=st.integers(1, 80))
 def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, length, small_sizes, places):
     folder, single = places(), places()
@@ -256,10 +317,37 @@ def test_merging_is_sorting_and_row_groups_do_not_depend_on_the_ranks(data, leng
     table = merge_predictions(folder, length)
     rows = pq.read_table(table).to_pydict()
     expected = {name: values(np.arange(length)) for name, values in VALUES.items()}
-    expected = {name: values if name == "text" else values.tolist() for name, values in expected.items()}
+    expected = {name: as_python(values) for name, values in expected.items()}
     assert rows == {"sample": list(range(length)), **expected}
     assert table.read_bytes() == merge_predictions(single, length).read_bytes()
     assert [path.name for path in folder.iterdir()] == ["predictions.parquet"]
+
+
+SCALARS = st.sampled_from([pa.null(), pa.int64(), pa.float64(), pa.string(), pa.float32()])
+KINDS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.builds(list_type, inner, st.integers(0, 2)),
+        st.dictionaries(st.sampled_from("abc"), inner.map(variable), min_size=1).map(lambda fields: pa.struct(list(fields.items()))),
+    ),
+    max_leaves=4,
+)
+
+
+def joined(kinds):
+    try:
+        return reduce(common_type, kinds)
+    except TypeError:
+        return None
+
+
+@settings(max_examples=500, deadline=None)
+@given(kinds=st.lists(KINDS, min_size=2, max_size=4), data=st.data())
+def test_the_common_type_does_not_depend_on_the_order_or_the_groups_in_which_types_come(kinds, data):
+    other = data.draw(st.permutations(kinds))
+    place = data.draw(st.integers(1, len(kinds) - 1))
+    groups = [joined(kinds[:place]), joined(kinds[place:])]
+    assert joined(kinds) == joined(other) == (None if None in groups else joined(groups))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -107,9 +107,12 @@ def test_the_global_batch_is_kept_by_accumulation(stopped, whole, tmp_path):
     assert difference(again, whole) < 1e-5
 
 
+DEFAULT = {"optimizer": "auto", "lr": 1e-3}  # a module with its own optimizer reads neither
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1"])
 def test_another_optimizer_begins_anew_and_says_so(stopped, tmp_path, strategy):
     origin = stopped("ddp", 2)
-    again = Training(tmp_path, strategy, 1, resume=str(origin.folder), model=f"{TRACED}:SteppedBySGD", max_epochs=2)
+    again = Training(tmp_path, strategy, 1, resume=str(origin.folder), model=f"{TRACED}:SteppedBySGD", max_epochs=2, **DEFAULT)
     assert again.record["status"] == "finished"
     assert "torch.optim.SGD starts without its saved state" in again.done.stderr

@@ -328,7 +328,7 @@ FORBIDDEN |= {
     "resume.": "x",
     "strategy_args.config": "x.json",
     "model_args.": 1,
-    "model_args.a.b": 1,
+    "model_args.a.class_path": "theirs.Net",
     "": 1,
     ".": 1,
     "lr.x": 1,

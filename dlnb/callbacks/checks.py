@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/callbacks/03_checks.ipynb #79a887d8
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import distributed
 
 from ..checkpoint.manifest import Manifest
@@ -14,18 +15,57 @@ from ..checkpoint.training_manifest import sample_counts
 from ..errors import unknown
 from ..optimizers.target import zero_stage
 from ..system.log import log
+from ..system.trainer_internals import validation_names
 
 # %% ../../nbs/callbacks/03_checks.ipynb #1e820e72
 class CheckMonitor(Callback):
-    "Refuses, before the first step, to monitor a validation metric that the model does not log."
+    "Refuses, before the first step, to monitor a validation metric that is not logged; finds another one for the default."
 
-    def __init__(self, monitor: str):
-        self.monitor = monitor
+    def __init__(self, monitor: str, is_default: bool = False):
+        self.monitor, self.is_default = monitor, is_default
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logged = list(trainer.callback_metrics)
-        if self.monitor.startswith("val") and self.monitor not in logged:
+        logged = validation_names(trainer)
+        if not self.monitor.startswith("val") or self.monitor in logged:
+            return
+        losses = [name for name in logged if "loss" in name]
+        if not self.is_default or len(losses) != 1 and logged:
             raise ValueError(f"The model does not log what is monitored: {unknown('monitor', self.monitor, logged)}")
+        self._follow(trainer, losses[0] if losses else None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
+            self._follow(trainer, None)  # nobody has looked before: rather no monitor than a training that ends here
+
+    def _follow(self, trainer: Trainer, name: str | None) -> None:
+        "Have all callbacks monitor `name` in place of `monitor`; None for the newest checkpoint, without early stopping."
+        if trainer.is_global_zero:
+            log.warning(
+                f"{self.monitor} is not logged. "
+                + (f"Monitored is {name}." if name else "Nothing is monitored, and the newest checkpoint is kept.")
+            )
+        _set_monitor(trainer, self.monitor, name)
+        self.monitor = name
+
+    def state_dict(self) -> dict[str, str | None]:
+        return {"monitor": self.monitor}
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        self.resumed = state["monitor"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (resumed := vars(self).pop("resumed", self.monitor)) != self.monitor:
+            self._follow(trainer, resumed)
+
+# %% ../../nbs/callbacks/03_checks.ipynb #3433c53d
+def _set_monitor(trainer: Trainer, before: str | None, name: str | None) -> None:
+    for callback in trainer.callbacks:
+        if getattr(callback, "monitor", None) != before or isinstance(callback, CheckMonitor):
+            continue
+        if name is None and isinstance(callback, EarlyStopping):
+            callback.strict = False  # it has nothing to stop by
+        elif name is not None or isinstance(callback, ModelCheckpoint):
+            callback.monitor = name
 
 # %% ../../nbs/callbacks/03_checks.ipynb #eaa65598
 class CheckBatches(Callback):

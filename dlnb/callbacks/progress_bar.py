@@ -34,6 +34,11 @@ class Line:
         else:
             self.handle.update({"text/plain": text}, raw=True)
 
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #9fa6948e
+def _of(done: int, total: int | float | None) -> str:
+    "How many of how many, where that is known: a training that ends by its steps has no last epoch, a stream no last batch."
+    return f"{done}/{total}" if total and 0 < total < float("inf") else str(done)
+
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #a8d3f3c4
 class NotebookProgressBar(ProgressBar):
     "One line in a notebook, at most twice a second."
@@ -76,7 +81,7 @@ class NotebookProgressBar(ProgressBar):
     def show_batch(self, stage: str, batch_idx: int, batches: int | float) -> None:
         "Where a pass over data is; its last batch is always shown."
         interval = 0.0 if batch_idx + 1 == batches else self.interval
-        self.show(lambda: f"{stage} · batch {batch_idx + 1}/{batches}", interval=interval)
+        self.show(lambda: f"{stage} · batch {_of(batch_idx + 1, batches)}", interval=interval)
 
     def show(self, line: Callable[..., str], *about: Trainer, interval: float = 0.0) -> None:
         "Update the line, unless the last time was less than `interval` seconds ago."
@@ -93,7 +98,7 @@ class NotebookProgressBar(ProgressBar):
         epoch = min(epoch, trainer.max_epochs) if trainer.max_epochs > 0 else epoch
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         metrics.pop("v_num", None)
-        words = [f"epoch {epoch}/{trainer.max_epochs}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
+        words = [f"epoch {_of(epoch, trainer.max_epochs)}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
         words += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()]
         return " · ".join(words)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..errors import unknown
+
 # %% ../../nbs/callbacks/02_pruning.ipynb #f29c5267
 #| exporti
 
@@ -40,6 +42,8 @@ class ReportProgress(Callback):
             self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(f"The model does not log what is monitored: {unknown('monitor', self.monitor, trainer.callback_metrics)}")
         value = float(trainer.callback_metrics[self.monitor])  # averaged by all ranks together
         answer = trainer.is_global_zero and self.report(self.reports, value)
         self.reports, self.in_epoch = self.reports + 1, self.in_epoch + 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .fill import PORTION, put_elements
 from .manifest import Partial, partial_of
 from .matching import Match, match_weights, tensors_of
-from .weights import few, find_weights
+from .weights import few, find_weights, one_run
 from ..formats.elements import read_elements
 from ..formats.layout import Layout, Weight
 from ..formats.reader import read_layout
@@ -30,7 +30,7 @@ def read_layouts(
 ) -> list[Layout]:  # a later one's weights win
     "Raises `ValueError` where there is nothing of these kinds."
     source = find_weights(weights, field)
-    layout = read_layout(source.weights)
+    layout = read_layout(source.weights).averaged
     if layout.distributed:
         raise ValueError(f"{field}={str(weights)!r} was saved under FSDP. Make it one file first: python -m dlnb.consolidate {weights} OUT")
     base = partial.weights if (partial := partial_of(layout)) else None
@@ -123,8 +123,8 @@ def base_of(
 ) -> Path | None:  # None where the model's constructor makes the values
     "Where a checkpoint's frozen parameters are. Raises `ValueError` where there is nothing."
     for path in (given, partial.weights):
-        if path and Path(path).exists():
-            return Path(path)
+        if path and (place := one_run(Path(path))).exists():
+            return place
     if not (lost := given or partial.weights):
         return None
     raise ValueError(

@@ -17,6 +17,8 @@ from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
 from ..formats.reader import checkpoint_of_run, read_layout
+from ..tracking.catalogue import runs
+from ..tracking.comparison import best
 from ..tracking.kept_source import with_kept_paths
 from ..tracking.record import RunRecord
 
@@ -33,10 +35,12 @@ def find_weights(
     field: str = "run",  # for the error's sentence
 ) -> Source:
     "Raises `ValueError` where there is nothing of these kinds."
-    path = Path(run)
+    path = one_run(Path(run)) if str(run) else Path()
     if not str(run) or not path.exists():
-        kinds = "a run's folder, a checkpoint, or a .safetensors file"
-        raise ValueError(f"{field}={str(run)!r}: there is no such file or folder. Give {kinds}.")
+        raise ValueError(
+            f"{field}={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, a .safetensors file, or a folder of "
+            "runs; FOLDER/latest and FOLDER/best choose one of its runs."
+        )
     around = [path, *path.absolute().parents[:2]]
     folder = next((place for place in around if (place / "run.json").is_file()), None)
     if folder is None:
@@ -45,6 +49,20 @@ def find_weights(
     if record.mode != "train":
         raise ValueError(f"{field}={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}")
     return Source(_weights_of_run(record) if folder == path else path, record)
+
+
+def one_run(path: Path) -> Path:
+    "The run that a folder of runs means, or its `latest` or `best`; any other path as it is. Raises `ValueError` where there is none."
+    chosen, folder = (path.name, path.parent) if path.name in ("latest", "best") and not path.exists() else ("latest", path)
+    if not folder.is_dir() or (folder / "run.json").is_file():
+        return path
+    if chosen == "best":
+        return best(folder)
+    table = runs(folder, sort="-started")
+    trained = table[table["mode"] == "train"] if len(table) else table
+    if trained.empty:
+        return path
+    return Path(trained["run"].iloc[0])
 
 
 def _weights_of_run(record: RunRecord) -> Path:

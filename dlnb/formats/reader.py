@@ -22,7 +22,8 @@ def _read_torch_file(path: Path) -> Layout:
     values = read_archive(path)
     try:
         if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-            return stored_layout(values["state_dict"], values)
+            averages = stored_layout(values.get("averages") or {}, {}).weights
+            return replace(stored_layout(values["state_dict"], values), averages=averages)
         if isinstance(values, dict) and values and all(isinstance(value, StoredTensor) for value in values.values()):
             return stored_layout(values, {})
     except ValueError as error:

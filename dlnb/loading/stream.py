@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from .order import own_stream
 
@@ -52,7 +52,7 @@ class Share:
             number += 1
 
 # %% ../../nbs/loading/01_stream.ipynb #b0482c5a
-class StreamLoader(DataLoader):
+class StreamLoader:
     "The batches of a rank's share of a stream, without loading processes."
 
     def __init__(
@@ -62,8 +62,9 @@ class StreamLoader(DataLoader):
         collate_fn: Callable | None = None,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),  # the epoch, and how many of its batches have been trained
     ):
-        super().__init__(share.stream, batch_size=batch_size, collate_fn=collate_fn or default_collate)
         self.share, self.place = share, place
+        self.dataset, self.batch_size, self.num_workers = share.stream, batch_size, 0
+        self.collate_fn = collate_fn or default_collate
         self.first = 0  # block of the next epoch that is iterated over
         self.states: dict[int, Any] = {}  # of the stream, after that many batches
         self.seen_batch_indices: list[list[int]] = []  # the samples' numbers, of the batches that were fetched

@@ -34,6 +34,8 @@ TRAINER = (
         _ROOM,
         "know when an optimizer step is complete, and keep what has been logged",
     ),
+    _internal(f"{_LOOPS}.evaluation_loop:_EvaluationLoop", "_results", _ROOM, "know what a validation has logged"),
+    _internal(f"{_CONNECTORS}.logger_connector.result:_ResultCollection", "_forked_name", _ROOM, "know it by the names that users see"),
     _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", _ROOM, "restore data loaders"),
     _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", _ROOM, "give samplers the epoch that is resumed"),
     _internal(

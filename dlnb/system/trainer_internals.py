@@ -52,6 +52,12 @@ def logged_results(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_loop._results
 
 
+def validation_names(trainer: Trainer) -> list[str]:
+    "The names under which the last validation has logged, also of several loaders."
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    return sorted({name for metric in results.values() for name in results._forked_name(metric, on_step=False)})
+
+
 def last_metrics(trainer: Trainer) -> dict[str, Any]:
     "What `trainer.callback_metrics` is a copy of."
     return trainer._logger_connector._callback_metrics

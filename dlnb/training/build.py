@@ -17,6 +17,7 @@ from ..data import DataModule
 from ..optim import provide_optimizers
 from ..settings.model_and_data import OPTIMIZER
 from ..settings.objects import build_objects
+from ..system.log import log
 from ..tracking.fingerprint import Fingerprint, is_same_class, remember
 from ..tracking.kept_source import with_source
 from ..tracking.sources import named, source_hashes
@@ -33,13 +34,24 @@ def described(
     more = {"passed": config.passed_to_model} if part == "model" else {"loading": config.loading}
     return short_hash({name: config.identity[name] for name in _DESCRIBED[part]} | {name: value for name, value in more.items() if value})
 
+# %% ../../nbs/training/00_build.ipynb #73405e96
+@contextmanager
+def told(part: str, path: str) -> Iterator[None]:
+    "Have an error say which class of which setting could not be made."
+    try:
+        yield
+    except Exception as error:
+        log.error(f"{part}={path!r} could not be made with {part}_args: {type(error).__name__}: {error}")
+        raise
+
 # %% ../../nbs/training/00_build.ipynb #7232c30c
 def build_model(config: RunConfig) -> LightningModule:
     "The model that the settings describe, seeded, with an optimizer for the strategy it is going to be trained under."
     from lightning.pytorch import seed_everything
 
     seed_everything(config.seed, workers=True, verbose=False)
-    model = config.model_class(**build_objects(config.model_args, "model_args"), **config.passed_to_model)
+    with told("model", config.model):
+        model = config.model_class(**build_objects(config.model_args, "model_args"), **config.passed_to_model)
     if not isinstance(model, LightningModule):
         raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is no LightningModule.")
     return remember(provide_optimizers(model, **config.model_dump(include={*OPTIMIZER})), described(config, "model"))
@@ -56,7 +68,8 @@ def _build_data(config: RunConfig) -> LightningDataModule:
         workers = arguments.pop("num_workers", "auto")
         shared = {"batch_size": config.batch_size, "seed": config.seed}
         return DataModule(config.data_class, arguments, num_workers=workers, **shared, **config.loading_functions)
-    data = config.data_class(**arguments)
+    with told("data", config.data):
+        data = config.data_class(**arguments)
     if not isinstance(data, LightningDataModule):
         raise ValueError(
             f"data={config.data!r} takes no split=, and has made a {type(data).__qualname__}, which is no LightningDataModule."

@@ -17,7 +17,7 @@ from ..checkpoint.plain_values import check_plain
 from ..checkpoint.pretrained import base_of, check_left_out, find_pretrained, read_layouts
 from ..checkpoint.search import Found
 from ..checkpoint.trust import key_file
-from ..checkpoint.weights import check_weights
+from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..formats.reader import read_layout
 from ..system.log import log
@@ -65,7 +65,7 @@ class RunPlan:
     def weights(self) -> Path | None:
         "What the model takes first: those of the settings, or for a checkpoint that leaves out parameters those that it was trained over."
         if self.start is None:
-            return Path(self.config.weights) if self.config.weights else None
+            return one_run(Path(self.config.weights)) if self.config.weights else None
         partial = self.manifest.partial if self.manifest else None
         return base_of(partial, self.config.weights, self.start.path) if partial else None
 
@@ -139,3 +139,18 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
         check_left_out(model, partial, weights, plan.start.path)
     elif weights:
         log.info(str(find_pretrained(model, weights)))
+
+# %% ../../nbs/training/02_plan.ipynb #18be5475
+def check_trainable(config: RunConfig, model: LightningModule) -> None:
+    "Raise `ValueError` for a module that has several optimizers where the strategy steps one."
+    if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
+        return
+    try:
+        made = model.configure_optimizers()
+    except Exception:  # of a module without a Trainer: Lightning asks again
+        return
+    made = made[0] if isinstance(made, tuple) else made
+    if isinstance(made, list) and len(made) > 1:
+        raise ValueError(
+            f"strategy={config.strategy!r}: {type(model).__name__} has {len(made)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
+        )

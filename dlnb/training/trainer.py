@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
 from ..callbacks.exclude_frozen import ExcludeFrozen
+from ..callbacks.hyperparameters import PlainHyperparameters
 from ..callbacks.loss import CheckLoss
 from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
@@ -62,10 +64,11 @@ def build_trainer(
     settings, folder = config.resolved, record.folder
     check_interactive(settings)
     recorder = RunRecorder(record, config)
-    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), recorder, LearningRateMonitor("step")]
+    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
+    callbacks.append(LearningRateMonitor("step"))
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
-        callbacks.append(CheckMonitor(config.monitor))
+        callbacks.append(CheckMonitor(config.monitor, config.monitor == RunConfig.model_fields["monitor"].default))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
@@ -83,6 +86,7 @@ def build_trainer(
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
     callbacks += [*build_objects(config.callbacks, "callbacks"), *more, *_starting(plan)]
+    check_callbacks(config, callbacks)
     return make_trainer(config, folder, callbacks, **arguments)
 
 # %% ../../nbs/training/03_trainer.ipynb #5107386f
@@ -99,6 +103,16 @@ def _starting(plan: RunPlan) -> list[Callback]:
     partial = plan.manifest.partial if plan.manifest else None
     excluding = [ExcludeFrozen(plan.weights, partial)] if plan.config.excludes_frozen else []
     return [StartFrom(plan.weights), *excluding]
+
+
+def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
+    "Raise `ValueError` for callbacks of Lightning that copy the model, which is empty where ZeRO has partitioned it."
+    for callback in callbacks:
+        if config.resolved.strategy.startswith("deepspeed") and isinstance(callback, (LightningAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"callbacks: {type(callback).__name__} copies the model, which strategy={config.strategy!r} does not have in one piece. "
+                "Use dlnb.callbacks.averaging.WeightAveraging, which averages under every strategy."
+            )
 
 
 def _more_loggers(config: RunConfig, folder: Path) -> list[Any]:

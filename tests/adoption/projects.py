@@ -16,6 +16,7 @@ class Project:
     space: dict[str, Any] = field(default_factory=lambda: {"lr": [1e-3, 1e-2]})  # of a search
     changed: int = 0  # lines of the project that had to be changed
     refused: dict[str, str] = field(default_factory=dict)  # a strategy that cannot train it, and what is said
+    instead: dict[str, str] = field(default_factory=dict)  # of a strategy: the one that plain Lightning needs as well
     predicts: bool = True
     needs: tuple[str, ...] = ()  # packages
 
@@ -39,7 +40,7 @@ PROJECTS = [
     Project("cli", "model.py:Regressor", "model.py:Points", {"model_args": {"backbone": LINEAR, "optimizer": SGD}},
             {"model_args.optimizer.lr": [1e-3, 1e-2]}, predicts=False),
     Project("gan", "gan.py:GAN", "gan.py:Ring", {"monitor": "val_d_loss"}, {"model_args.latent": [2, 4]},
-            refused={"deepspeed_stage_3": "one optimizer"}),
+            refused={"deepspeed_stage_3": "one optimizer"}, instead={"ddp": "ddp_find_unused_parameters_true"}),
     Project("detector", "detector.py:Detector", "detector.py:Boxes"),
     Project("loaders", "loaders.py:Net", "loaders.py:Domains", {"monitor": "val_loss/dataloader_idx_0"}),
     Project("stream", "stream.py:Net", "stream.py:Events", {"max_steps": 16}),
@@ -48,7 +49,7 @@ PROJECTS = [
     Project("hf_causal", "causal.py:CausalLM", "causal.py:Lines", {"collate_fn": "causal.py:pad"}, needs=("transformers",)),
     Project("lora", "lora.py:Adapted", "lora.py:Tokens", space={"model_args.rank": [1, 2]}, needs=("transformers", "peft")),
     Project("averaging", "net.py:Net", "net.py:Sums",
-            {"callbacks": [{"class_path": "net.CountSteps", "init_args": {"every": 2}}, "dlnb.callbacks.averaging:EMA"]}, predicts=False),
+            {"callbacks": [{"class_path": "net.CountSteps", "init_args": {"every": 2}}, {"class_path": "dlnb.callbacks.averaging:WeightAveraging", "init_args": {"decay": 0.9}}]}, predicts=False),
     Project("gathered", "net.py:Embedder", "net.py:Items"),
     Project("compiled", "net.py:Net", "net.py:Sums", predicts=False),
     Project("metrics", "net.py:Net", "net.py:Signs", {"monitor": "val/acc", "monitor_mode": "max"}, predicts=False),

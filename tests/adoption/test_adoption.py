@@ -31,6 +31,8 @@ def here(project: Project, tmp_path, monkeypatch) -> Path:
 
 
 def settings(project: Project, **more) -> dict:
+    if "strategy" in more:
+        more["strategy"] = project.instead.get(more["strategy"], more["strategy"])
     return dict(model=project.model, data=project.data, accelerator="cpu", batch_size=8, max_epochs=2, **project.settings) | more
 
 
