@@ -175,6 +175,10 @@ class Storage(Settings):
     save_top_k: Annotated[int, Role(identity=False)] = Field(1, ge=-1)
     save_every_n_steps: Annotated[int | None, Role(identity=False)] = Field(None, ge=1)  # optimizer steps between two saves of last.ckpt
     resume: Annotated[str, Role(identity=False)] = "auto"  # "auto", "never", or a run's folder or a checkpoint to resume from
+    # what a new training starts from: a run, a checkpoint, a .safetensors file or a folder of Hugging Face
+    weights: Annotated[str | None, Role(identity="changed", inference="run")] = None
+    # a checkpoint holds what is trained, and not the frozen parameters, which come from `weights` or the model's constructor
+    exclude_frozen_parameters: Annotated[bool, Role(identity=False)] = False
     best_params: Annotated[str | None, Role(identity=False)] = None  # a best_params.json of the tuner; its values win
     # "auto" is online where there is a key, else offline
     wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Role(identity=False, inference="run")] = "auto"
@@ -190,6 +194,11 @@ class Storage(Settings):
     def origin(self) -> str | None:
         "The run's folder or the checkpoint that `resume` gives."
         return None if self.resume in ("auto", "never") else self.resume
+
+    @field_validator("weights")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)
 
 # %% ../nbs/05_config.ipynb #86bf8e07
 class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
@@ -210,6 +219,11 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loadi
         "What `with_given` recorded."
         return self._given
 
+    @property
+    def excludes_frozen(self) -> bool:
+        "Whether checkpoints leave out what is frozen, by the setting or by the option of DeepSpeed's strategy."
+        return self.exclude_frozen_parameters or bool(self.strategy_args.get("exclude_frozen_parameters"))
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         "What changes the training's result, as plain data: the same for two runs exactly when their hashes are."
@@ -229,6 +243,8 @@ def _identity_of(config: NamedRun) -> dict[str, Any]:
     settings = config.resolved.model_dump(exclude=left_out | unchanged)
     if config.origin:
         settings["resume"] = _place_in(config.root, config.origin)
+    if config.weights:
+        settings["weights"] = _place_in(config.root, config.weights)
     data_arguments = {name: value for name, value in config.data_arguments.items() if name != "num_workers"}
     return settings | {
         "model_args": config.model_arguments,
@@ -338,6 +354,8 @@ def _check_training(config: RunConfig) -> None:
         raise ValueError(f"strategy={config.strategy!r} {problem}")
     if config.strategy.startswith("deepspeed") and config.gradient_clip_algorithm == "value":
         raise ValueError("gradient_clip_algorithm='value' is not possible under DeepSpeed, which clips by norm. Use 'norm'.")
+    if config.excludes_frozen and config.strategy.startswith("fsdp"):
+        raise ValueError("exclude_frozen_parameters: FSDP saves all parameters. Use 'ddp' or a strategy of DeepSpeed, or leave it out.")
     if config.max_epochs == -1 and config.max_steps == -1:
         raise ValueError("max_epochs=-1 and max_steps=-1 would never end, and the learning rate's curve needs an end. Give one.")
 

@@ -16,10 +16,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from .callbacks.load_weights import LoadWeights
 from .callbacks.recorder import RunRecorder
-from .checkpoint.weights import check_weights, find_weights, inference_config, one_run
+from .checkpoint.manifest import partial_of
+from .checkpoint.pretrained import base_of, check_left_out, find_pretrained
+from .checkpoint.weights import check_weights, find_weights, inference_config, lacking, one_run
 from .config import RunConfig
 from .data import DataModule, evaluate_exactly
 from .errors import unknown
+from .formats.layout import Layout
 from .formats.reader import read_layout
 from .predictions.merge import merge_predictions
 from .predictions.plots import confusion_matrix
@@ -69,19 +72,33 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     config = inference_config(run, **settings)
     model, data, layout = build_model(config), build_data(config), read_layout(config.resume)
     _check_split(config, data, split)
-    if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
-        check_weights(model, layout, config.resume)
+    base = _base(config, model, layout)
     record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(*config.classes)
     if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):
             log.warning(line)
     with quiet_lightning():
-        trainer = _inference_trainer(config, record)
+        trainer = _inference_trainer(config, record, base)
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
             _fill(trainer, model, _evaluation_data(data, split), record, test, predict)
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
     return record if trainer.is_global_zero else RunRecord.read(record.folder)
+
+# %% ../nbs/08_infer.ipynb #857ba392
+def _base(config: RunConfig, model: LightningModule, layout: Layout) -> Path | None:
+    "What is to be loaded before the weights; None for nothing. Raises `ValueError` where the weights do not fit the model."
+    partial, later = partial_of(layout), is_overridden("configure_model", model)
+    if partial:
+        base = base_of(partial, config.weights, config.resume)
+        if is_rank_zero(config) and not later:
+            check_left_out(model, partial, base, config.resume)
+    else:
+        needed = config.weights and not later and lacking(model, {*layout.weights, *layout.tied})
+        base = Path(config.weights) if needed else None
+    if layout.distributed is None and not later:  # else its names are known later
+        check_weights(model, layout, config.resume, find_pretrained(model, base).match.weights if base else ())
+    return base
 
 # %% ../nbs/08_infer.ipynb #f2e5379c
 def _fill(trainer: Trainer, model: LightningModule, data: LightningDataModule, record: RunRecord, test: bool, predict: bool) -> None:
@@ -140,10 +157,10 @@ def _evaluation_data(data: LightningDataModule, split: str) -> LightningDataModu
     return data
 
 
-def _inference_trainer(config: RunConfig, record: RunRecord) -> Trainer:
+def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None) -> Trainer:
     settings, folder = config.resolved, record.folder
     check_interactive(settings)
-    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder), PredictionWriter(folder)]
+    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder, base), PredictionWriter(folder)]
     online = wandb_logger(record, config.project(record.mode), config.tags, config.hash)
     trainer = make_trainer(config, folder, callbacks, logger=online or False, enable_checkpointing=False)
     record.resolved = {name: getattr(settings, name) for name in ("accelerator", "strategy")}

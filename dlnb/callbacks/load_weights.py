@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/callbacks/07_load_weights.ipynb #6ebb90a4
+from collections.abc import Collection
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..checkpoint.pretrained import fill_model, find_pretrained
 from ..checkpoint.weights import load_weights
 from ..consolidate import consolidate
 
@@ -21,8 +23,10 @@ class LoadWeights(Callback):
         self,
         weights: str | Path,  # a .safetensors file, or a checkpoint
         folder: str | Path,  # that all ranks share, for a checkpoint's weights as one file
+        base: str | Path | None = None,  # what the weights were trained over, where they leave out parameters
     ):
         self.weights, self.folder, self.loaded = Path(weights), Path(folder), False
+        self.base = base
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.load(trainer, pl_module)
@@ -34,19 +38,21 @@ class LoadWeights(Callback):
         "Called by all ranks. Raises `ValueError` where the weights do not fit the model."
         if self.loaded:
             return
+        base = find_pretrained(pl_module, self.base).match.weights if self.base else {}
+        fill_model(pl_module, base)
         if self.weights.suffix == ".safetensors":
-            load_weights(pl_module, self.weights)
+            load_weights(pl_module, self.weights, base)
         else:
-            self._load_consolidated(trainer, pl_module)
+            self._load_consolidated(trainer, pl_module, base)
         self.loaded = True
 
-    def _load_consolidated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _load_consolidated(self, trainer: Trainer, pl_module: LightningModule, base: Collection[str]) -> None:
         file = self.folder / "model.safetensors"
         try:
             if trainer.is_global_zero:
                 consolidate(self.weights, file, overwrite=True)
             trainer.strategy.barrier()
-            load_weights(pl_module, file)
+            load_weights(pl_module, file, base)
             trainer.strategy.barrier()
         finally:
             if trainer.is_global_zero:

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/06_collector.ipynb #182a47ea
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .writer import Write, Writer
 def collected(
     strategy: Any,  # a Lightning strategy
     files: dict[Path, Any],  # filled with what this rank has to write
+    left_out: Collection[str] = (),  # names of parameters
 ) -> Iterator[None]:
     "Collect what a strategy saves, instead of writing it."
     if (engine := getattr(strategy, "deepspeed_engine", None)) is not None:
@@ -32,6 +33,10 @@ def collected(
             yield
     else:
         yield
+    for content in files.values():
+        for key in ("state_dict", "module"):
+            if isinstance(content.get(key), Mapping) and left_out:
+                content[key] = {name: value for name, value in content[key].items() if name not in left_out}
 
 # %% ../../nbs/checkpoint/06_collector.ipynb #4a0d586e
 def writes_one_file(
@@ -101,7 +106,7 @@ def save_checkpoint(
     if trainer.is_global_zero:
         staging.parent.mkdir(parents=True, exist_ok=True)
         remove_path(staging)
-    with collected(trainer.strategy, files):
+    with collected(trainer.strategy, files, manifest.partial.left_out if manifest.partial else ()):
         trainer.save_checkpoint(staging)
     if trainer.is_global_zero or files:
         writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals, notes), background)

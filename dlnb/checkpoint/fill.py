@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/15_fill.ipynb #fa1a2079
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,18 @@ def put_values(target: torch.Tensor, at: int, values: torch.Tensor) -> None:
         elif len(values):
             target.view(-1)[at : at + len(values)].copy_(values)
 
+# %% ../../nbs/checkpoint/15_fill.ipynb #5bc31d44
+PORTION = 1 << 20  # elements in memory at once
+
+
+def put_elements(target: torch.Tensor, at: int, weight: Weight, start: int = 0, stop: int | None = None) -> None:
+    "Copy elements of a stored weight into a tensor, as `put_values` does, a portion at a time where both are in order."
+    stop = math.prod(weight.shape) if stop is None else stop
+    step = PORTION if target.is_contiguous() and not weight.strided else max(stop - start, 1)
+    for begin in range(start, stop, step):
+        values = read_elements(weight, begin, min(begin + step, stop))
+        put_values(target.view(-1) if target.is_contiguous() else target, at + begin - start, values)
+
 
 def fill_weights(
     slots: Iterable[Slot],
@@ -33,7 +46,7 @@ def fill_weights(
 ) -> None:
     "Give the optimizer's own tensors their elements."
     for slot in slots:
-        put_values(slot.tensor, slot.at, read_elements(weights[slot.name], slot.start, slot.start + slot.size))
+        put_elements(slot.tensor, slot.at, weights[slot.name], slot.start, slot.start + slot.size)
 
 # %% ../../nbs/checkpoint/15_fill.ipynb #22a180f9
 def fill_states(

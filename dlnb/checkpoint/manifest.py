@@ -17,6 +17,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from .trust import digest, is_marked, is_marked_archive
+from ..formats.layout import Layout
 from ..formats.torch_file import read_archive
 from ..system.files import read_json
 
@@ -30,6 +31,21 @@ class FileEntry(NamedTuple):
 
     size: int  # bytes
     checksum: str | int  # the SHA-256 in hexadecimal digits; the CRC-32 as a number in format 1
+
+# %% ../../nbs/checkpoint/01_manifest.ipynb #6b3dccdd
+class Partial(BaseModel):
+    "What a checkpoint leaves out: parameters that are frozen, and that can be had from elsewhere."
+
+    left_out: dict[str, str | None]  # names to digests of the values; None where those were not known
+    weights: str | None = None  # where the training started from; None: the model's constructor makes the values
+
+
+def partial_of(layout: Layout) -> Partial | None:
+    "What a checkpoint, or a file made of it, leaves out; None for one that is complete. Raises `ValueError` where that is damaged."
+    try:
+        return Partial.model_validate_json(layout.partial) if layout.partial else None
+    except ValidationError as error:
+        raise ValueError(f"What the checkpoint says of what it leaves out is damaged: {error.errors()[0]['msg']}.") from error
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #fbb745bf
 class Manifest(BaseModel):
@@ -49,6 +65,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     sources: dict[str, str] = {}  # of the model and the data, as `dlnb.tracking.sources.source_hashes` gives them
     samples: dict[str, list[int | None]] = {}  # "train" and "val" to the lengths of their datasets, where they have one
+    partial: Partial | None = None  # None: it holds all parameters
     files: dict[str, FileEntry] = {}  # of a folder, by their path in it
 
     @property

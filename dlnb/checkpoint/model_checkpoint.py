@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from .collector import save_checkpoint
 from .exact_resume import ExactResume
 from .manifest import KEY
-from .training_manifest import manifest_of
+from .training_manifest import LeavesOut, manifest_of
 from .writer import Writer
 from ..system.trainer_internals import is_between_epochs
 
@@ -152,7 +152,7 @@ class AtomicCheckpoint(DeferredCheckpoints):
     def save(self, trainer: Trainer, background: bool) -> None:
         "Save under the names that are due; all ranks call it."
         for callback in trainer.callbacks:
-            if isinstance(callback, ExactResume):
+            if isinstance(callback, (ExactResume, LeavesOut)):
                 callback.collect(trainer)
         wanted, unwanted = take_due(trainer, self.dirpath)
         if Path(self.last_model_path) in wanted:

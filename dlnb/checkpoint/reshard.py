@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #f71f499b
 import warnings
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from .collector import writes_one_file
-from .fill import fill_states, fill_weights, put_values
-from .manifest import is_own, read_manifest
+from .fill import fill_states, fill_weights, put_elements
+from .manifest import is_own, partial_of, read_manifest
 from .partition import find_slots
 from .plain_values import plain_values_only
 from .training_manifest import manifest_of
@@ -47,6 +48,12 @@ class SavedTraining:
             raise ValueError(f"{path} holds weights, but not where a training was: it has no 'loops'.")
         if not path.is_file():
             self.content["state_dict"] = self.content.pop("module")
+
+    @property
+    def left_out(self) -> Collection[str]:
+        "The names of the parameters that it does not hold."
+        partial = partial_of(self.layout)
+        return partial.left_out if partial else ()
 
     def weight(self, name: str) -> Weight:
         "Where a parameter is. Raises `ValueError` where it is not there."
@@ -106,31 +113,40 @@ def load_sharded_model(
     saved: SavedTraining,
 ) -> None:
     "Give a model under ZeRO its weights, of which each rank reads its own part, and the optimizer its master copy of them."
-    module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-    is_stage_3 = hasattr(optimizer, "grad_position")
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-        raise NotImplementedError(f"{saved.path}: offload to NVMe takes only checkpoints of its own. Offload to the CPU takes it.")
-    parameters = dict(module.named_parameters())
+    module = trainer.lightning_module
+    parameters, left_out = dict(module.named_parameters()), saved.left_out
     others = {name: value for name, value in saved.content["state_dict"].items() if name not in parameters}
-    if is_stage_3:
-        optimizer.checkpoint_event_prologue()
     module.load_state_dict({name: value for name, value in others.items() if name not in saved.layout.tied}, strict=False)
-    for name, parameter in parameters.items():
-        _load_parameter(parameter, saved.weight(name))
-    slots = find_slots(trainer)
-    fill_weights(slots, {slot.name: saved.weight(slot.name) for slot in slots})
-    if is_stage_3:
-        optimizer.checkpoint_event_epilogue()
+    load_parameters(trainer, {name: saved.weight(name) for name in parameters if name not in left_out})
     trainer.strategy.deepspeed_engine.global_steps = saved.content["global_step"]
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #ad8299d2
+def load_parameters(
+    trainer: Trainer,  # under DeepSpeed, whose strategy is set up
+    weights: Mapping[str, Weight],  # by the names of `named_parameters`; the others stay as they are
+) -> None:
+    "Give parameters, and the optimizer's master copies of them, their values; each rank reads its own part."
+    optimizer = trainer.optimizers[0]
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise NotImplementedError("Offload to NVMe takes only checkpoints of its own. Offload to the CPU takes any.")
+    is_stage_3 = hasattr(optimizer, "grad_position")
+    if is_stage_3:
+        optimizer.checkpoint_event_prologue()
+    for name, parameter in trainer.lightning_module.named_parameters():
+        if name in weights:
+            _load_parameter(parameter, weights[name])
+    fill_weights([slot for slot in find_slots(trainer) if slot.name in weights], weights)
+    if is_stage_3:
+        optimizer.checkpoint_event_epilogue()
+
+
 def _load_parameter(parameter: torch.nn.Parameter, weight: Weight) -> None:
     "All of it, or under stage 3 this rank's equal part, whose end may be padding."
     if not hasattr(parameter, "ds_tensor"):
-        return put_values(parameter.data, 0, read_elements(weight))
+        return put_elements(parameter.data, 0, weight)
     size = parameter.ds_tensor.ds_numel
     start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
-    put_values(parameter.ds_tensor.data, 0, read_elements(weight, start, min(start + size, parameter.ds_numel)))
+    put_elements(parameter.ds_tensor.data, 0, weight, start, min(start + size, parameter.ds_numel))
 
 
 def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
@@ -143,6 +159,17 @@ def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
         warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} starts without its saved state: {error}.", stacklevel=2)
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #8f800680
+@contextmanager
+def lenient(module: LightningModule) -> Iterator[None]:
+    "Let a checkpoint be loaded that leaves out parameters, which the model has already."
+    strict = module.strict_loading
+    module.strict_loading = False
+    try:
+        yield
+    finally:
+        module.strict_loading = strict
+
+
 class _Loading:
     "Has a Trainer's strategy load a checkpoint that it cannot load by itself, until `undo`."
 
@@ -158,8 +185,13 @@ class _Loading:
             vars(self.trainer.strategy).pop(name, None)
 
     def _load(self, path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-        with plain_values_only(path) if self.weights_only else nullcontext():
-            return self.native_load(path, weights_only) if is_native(self.trainer, path) else self._load_resharded()
+        manifest, module = read_manifest(path), self.trainer.lightning_module
+        left_out = manifest.partial.left_out if manifest and manifest.partial else ()
+        with plain_values_only(path) if self.weights_only else nullcontext(), lenient(module) if left_out else nullcontext():
+            content = self.native_load(path, weights_only) if is_native(self.trainer, path) else self._load_resharded()
+        if "state_dict" in content and left_out:
+            content["state_dict"] = {name: value for name, value in module.state_dict().items() if name in left_out} | content["state_dict"]
+        return content
 
     def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
         manifest, here = read_manifest(self.checkpoint), describe_optimizer(self.trainer.optimizers[0])

@@ -7,9 +7,9 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/11_training_manifest.ipynb #864eb82c
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
-from .manifest import Manifest
+from .manifest import Manifest, Partial
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
 from ..system.trainer_internals import loaders_of, trained_batches
@@ -23,8 +23,17 @@ def sample_counts(trainer: Trainer) -> dict[str, list[int | None]]:
     return {name: [sized_len(getattr(loader, "dataset", None)) for loader in of] for name, of in loaders.items()}
 
 
+class LeavesOut(Callback):
+    "A callback that decides what checkpoints leave out."
+
+    partial: Partial | None = None
+
+    def collect(self, trainer: Trainer) -> None:
+        "Decide it; all ranks call it, right before they save."
+
+
 def manifest_of(trainer: Trainer, identity: str | None = None, sources: dict[str, str] | None = None) -> Manifest:
-    "The manifest of a checkpoint that is saved now."
+    "The manifest of a checkpoint that is saved now. What it leaves out is what a callback of `LeavesOut` says."
     return Manifest(
         step=trainer.global_step,
         epoch=trainer.fit_loop.epoch_progress.current.processed,
@@ -39,4 +48,5 @@ def manifest_of(trainer: Trainer, identity: str | None = None, sources: dict[str
         versions=package_versions(),
         sources=sources or {},
         samples=sample_counts(trainer),
+        partial=next((callback.partial for callback in trainer.callbacks if isinstance(callback, LeavesOut)), None),
     )

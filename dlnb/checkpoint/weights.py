@@ -6,11 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #91eaaa77
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 
+from .manifest import partial_of
 from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
@@ -30,12 +32,13 @@ class Source(NamedTuple):
 # %% ../../nbs/checkpoint/18_weights.ipynb #445f65cd
 def find_weights(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
+    field: str = "run",  # for the error's sentence
 ) -> Source:
     "Raises `ValueError` where there is nothing of these kinds."
     path = one_run(Path(run)) if str(run) else Path()
     if not str(run) or not path.exists():
         raise ValueError(
-            f"run={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, a .safetensors file, or a folder of "
+            f"{field}={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, a .safetensors file, or a folder of "
             "runs; FOLDER/latest and FOLDER/best choose one of its runs."
         )
     around = [path, *path.absolute().parents[:2]]
@@ -44,7 +47,7 @@ def find_weights(
         return Source(path, None)
     record = RunRecord.read(folder)
     if record.mode != "train":
-        raise ValueError(f"run={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}")
+        raise ValueError(f"{field}={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}")
     return Source(_weights_of_run(record) if folder == path else path, record)
 
 
@@ -102,11 +105,11 @@ def inference_config(
     return config
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #2b7244de
-def _few(names: list[str]) -> str:
+def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
-def _lacking(model: LightningModule, names: set[str]) -> list[str]:
+def lacking(model: LightningModule, names: set[str]) -> list[str]:
     "The model's names that are not among `names`, nor tied to one that is."
     state = model.state_dict(keep_vars=True)
     there = {id(state[name]) for name in names & state.keys()}
@@ -117,13 +120,15 @@ def check_weights(
     model: LightningModule,
     layout: Layout,
     source: str | Path,  # for the error's sentence
+    others: Collection[str] = (),  # names that come from elsewhere, besides those that the file says it leaves out
 ) -> None:
     "Raise `ValueError`, with the names, unless these weights fit the model. `model.strict_loading` False allows other names."
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
-    names = {*layout.weights, *layout.tied}
+    names, partial = {*layout.weights, *layout.tied}, partial_of(layout)
+    left_out = {*others, *(partial.left_out if partial else ())}
     common = shapes.keys() & layout.weights.keys()
     faults = {
-        "missing": _lacking(model, names) if model.strict_loading else [],
+        "missing": lacking(model, names | left_out) if model.strict_loading else [],
         "not in the model": sorted(names - shapes.keys()) if model.strict_loading else [],
         "of another shape": [
             f"{name} {layout.weights[name].shape} for {shapes[name]}"
@@ -132,16 +137,17 @@ def check_weights(
         ],
     }
     if any(faults.values()):
-        what = "; ".join(f"{fault}: {_few(names)}" for fault, names in faults.items() if names)
+        what = "; ".join(f"{fault}: {few(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{source} does not fit {type(model).__name__}: {what}. Give the model and model_args that it is of.")
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #07fb8874
 def load_weights(
     model: LightningModule,
     file: str | Path,  # a .safetensors file
+    others: Collection[str] = (),  # names that come from elsewhere
 ) -> None:
     "Copy a file's weights into a model, from memory-mapped pages; tied ones stay tied. Raises `ValueError` where they do not fit."
     from safetensors.torch import load_model
 
-    check_weights(model, read_layout(file), file)
+    check_weights(model, read_layout(file), file, others)
     load_model(model, file, strict=False)

@@ -43,6 +43,7 @@ class Layout:
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name in `weights` whose tensor it shares
     values: dict[str, Any] = field(default_factory=dict)  # whatever else a torch file held, as `read_archive` gives it
     distributed: Path | None = None  # a folder of torch.distributed.checkpoint, which torch itself has to read
+    partial: str | None = None  # the JSON text of what a checkpoint leaves out, as dlnb's manifest has it
     averages: dict[str, Weight] = field(default_factory=dict)  # of weights, in place of which inference uses them
 
     @property

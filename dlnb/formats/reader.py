@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/formats/08_reader.ipynb #f82af8c6
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .safetensors_reader import read_index, read_safetensors
 from .tensors import StoredTensor
 from .torch_file import read_archive
 from .zero import read_zero, zero_folder
-from ..system.files import read_json
+from ..system.files import read_json, shown
 
 # %% ../../nbs/formats/08_reader.ipynb #679fb482
 def _read_torch_file(path: Path) -> Layout:
@@ -28,6 +29,35 @@ def _read_torch_file(path: Path) -> Layout:
     except ValueError as error:
         raise named_error(path, error) from error
     raise ValueError(f"{path} is no checkpoint of weights: it holds no 'state_dict', nor tensors by name.")
+
+# %% ../../nbs/formats/08_reader.ipynb #f7daeb0f
+HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def _read_any_index(path: Path) -> Layout:
+    return _read_torch_index(path) if path.name.endswith(".bin.index.json") else read_index(path)
+
+
+def _read_torch_index(path: Path) -> Layout:
+    where = read_json(path)
+    where = where.get("weight_map") if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{path} is no index of files of torch: it has no weight_map.")
+    weights, tied = {}, {}
+    for file in sorted({*map(str, where.values())}):
+        if Path(file).name != file or not (path.parent / file).is_file():
+            raise ValueError(f"{path} names {shown(file)}, which is no file beside it.")
+        shard = _read_torch_file(path.parent / file)
+        weights, tied = weights | shard.weights, tied | shard.tied
+    if missing := where.keys() - weights.keys() - tied.keys():
+        raise ValueError(f"{path} names {shown(min(missing))}, and it is in none of its files.")
+    return Layout(weights, tied)
+
+# %% ../../nbs/formats/08_reader.ipynb #bbb12584
+def _with_partial(layout: Layout) -> Layout:
+    manifest = layout.values.get("dlnb")
+    partial = manifest.get("partial") if isinstance(manifest, dict) else None
+    return replace(layout, partial=json.dumps(partial)) if partial else layout
 
 # %% ../../nbs/formats/08_reader.ipynb #3d9ea693
 def checkpoint_of_run(folder: Path) -> Path:
@@ -44,7 +74,8 @@ def checkpoint_of_run(folder: Path) -> Path:
 
 # %% ../../nbs/formats/08_reader.ipynb #af9792b3
 def read_layout(
-    checkpoint: str | Path,  # a ZeRO or FSDP folder, a .ckpt, .pt, .safetensors or .safetensors.index.json, or a run's folder
+    # a ZeRO, FSDP or Hugging Face folder, a .ckpt, .pt, .bin, .safetensors or .index.json file, or a run's folder
+    checkpoint: str | Path,
 ) -> Layout:
     """Find the weights of a checkpoint, without loading them and without running anything that its pickles name.
 
@@ -55,10 +86,12 @@ def read_layout(
     if not checkpoint.exists():
         raise FileNotFoundError(f"There is no checkpoint {checkpoint}.")
     if not checkpoint.is_dir():
-        readers = {".safetensors": read_safetensors, ".json": read_index}
-        return readers.get(checkpoint.suffix, _read_torch_file)(checkpoint)
+        readers = {".safetensors": read_safetensors, ".json": _read_any_index}
+        return _with_partial(readers.get(checkpoint.suffix, _read_torch_file)(checkpoint))
     if (checkpoint / "run.json").exists():
         return read_layout(checkpoint_of_run(checkpoint))
     if (checkpoint / ".metadata").exists():
         return Layout({}, distributed=checkpoint)
-    return read_zero(zero_folder(checkpoint))
+    if found := next((checkpoint / name for name in HUGGING_FACE if (checkpoint / name).is_file()), None):
+        return read_layout(found)
+    return _with_partial(read_zero(zero_folder(checkpoint)))

@@ -18,6 +18,9 @@ from .torch_zip import Piece
 from ..system.files import JSON_SIZE, open_regular, parse_json, read_json, shown
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #7acbd676
+PARTIAL = "partial"  # the key in `__metadata__` of what a file leaves out
+
+
 def read_safetensors(path: Path) -> Layout:
     with open_regular(path) as file:
         total = os.fstat(file.fileno()).st_size
@@ -44,10 +47,10 @@ def read_safetensors(path: Path) -> Layout:
             first, last = entry["data_offsets"]
             piece = Piece(path, begin + first, last - first)
             weights[name] = Weight(entry["dtype"], tuple(entry["shape"]), partial(iter, [piece]))
-        tied = {name: to for name, to in metadata.items() if name != "format" and name not in weights and to in weights}
+        tied = {name: to for name, to in metadata.items() if name not in ("format", PARTIAL, *weights) and to in weights}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is truncated, damaged, or no safetensors file ({error}).") from error
-    return Layout(weights, tied)
+    return Layout(weights, tied, partial=metadata.get(PARTIAL))
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #19db83ef
 def _checked_place(name: str, entry: Any) -> list[int]:
@@ -80,7 +83,7 @@ def read_index(path: Path) -> Layout:
     _check_index(path, where, shards)
     weights = {name: weight for shard in shards.values() for name, weight in shard.weights.items()}
     tied = {name: to for shard in shards.values() for name, to in shard.tied.items() if name not in weights}
-    return Layout(weights, tied)
+    return Layout(weights, tied, partial=next((shard.partial for shard in shards.values()), None))
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #08d45dda
 def _check_index(path: Path, where: dict[str, str], shards: dict[str, Layout]) -> None:

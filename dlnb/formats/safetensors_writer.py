@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from .cast import CASTABLE, DTYPES, put, write_cast
 from .copy import Move, move_all
 from .layout import Layout, Weight
+from .safetensors_reader import PARTIAL
 from .targets import check_targets
 from .tensors import ITEM_SIZES
 from ..system.atomic import new_files
@@ -48,7 +49,8 @@ def _written_size(weight: Weight, dtype: str | None) -> int:
 def _part(path: Path, names: list[str], layout: Layout, dtype: str | None) -> _Part:
     here = set(names)
     tied = {name: to for name, to in layout.tied.items() if to in here}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | tied}
+    partial = {PARTIAL: layout.partial} if layout.partial else {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | tied | partial}
     end = 0
     for name in names:
         weight, begin = layout.weights[name], end

@@ -96,5 +96,19 @@ def resume_at(
     connector.resume_start = lambda *_, **__: resume_start(checkpoint, weights_only=weights_only)
 
 
+def call_before_restore(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call a function when the model is configured, and before a checkpoint is restored, until `resume_as_usual`.
+
+    Under DeepSpeed and FSDP that is after the strategy is set up, under others before."""
+    connector = trainer._checkpoint_connector
+    resume_start = connector.resume_start
+
+    def called_before(*arguments: Any, **named: Any) -> None:
+        function()
+        resume_start(*arguments, **named)
+
+    connector.resume_start = called_before
+
+
 def resume_as_usual(trainer: Trainer) -> None:
     vars(trainer._checkpoint_connector).pop("resume_start", None)

@@ -7,15 +7,17 @@ __all__ = ['describe_differences']
 
 # %% ../../nbs/training/02_plan.ipynb #e939689d
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.plain_values import check_plain
+from ..checkpoint.pretrained import base_of, check_left_out, find_pretrained, read_layouts
 from ..checkpoint.search import Found
 from ..checkpoint.trust import key_file
-from ..checkpoint.weights import check_weights
+from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..formats.reader import read_layout
 from ..system.log import log
@@ -58,6 +60,14 @@ class RunPlan:
     @property
     def is_from_another_run(self) -> bool:
         return self.start is not None and not self.start.path.is_relative_to(self.record.folder)
+
+    @property
+    def weights(self) -> Path | None:
+        "What the model takes first: those of the settings, or for a checkpoint that leaves out parameters those that it was trained over."
+        if self.start is None:
+            return one_run(Path(self.config.weights)) if self.config.weights else None
+        partial = self.manifest.partial if self.manifest else None
+        return base_of(partial, self.config.weights, self.start.path) if partial else None
 
     @property
     def accumulate_grad_batches(self) -> int:
@@ -103,6 +113,8 @@ def describe_differences(saved: Manifest | RunRecord, sources: dict[str, str]) -
 def check_fits(plan: RunPlan, model: LightningModule) -> None:
     "Raise `ValueError` where the checkpoint that the run begins from is of another model, or holds more than plain values."
     start, saved = plan.start, plan.manifest
+    if is_rank_zero(plan.config):
+        _check_weights_of_start(plan, model)
     if start is None:
         return
     if not start.own:
@@ -112,6 +124,21 @@ def check_fits(plan: RunPlan, model: LightningModule) -> None:
     layout = read_layout(start.path)
     if layout.distributed is None and not is_overridden("configure_model", model):  # else its names are known later
         check_weights(model, layout, start.path)
+
+# %% ../../nbs/training/02_plan.ipynb #f57be0d0
+def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
+    weights, partial = plan.weights, plan.manifest.partial if plan.manifest else None
+    if plan.start and plan.config.excludes_frozen and not partial:
+        raise ValueError(
+            f"exclude_frozen_parameters: {plan.start.path} holds all parameters, and what is frozen now may have been trained before. "
+            "Leave exclude_frozen_parameters out, or give resume='never' to train beside it."
+        )
+    if is_overridden("configure_model", model):  # its names are known later
+        _ = read_layouts(weights) if weights else None
+    elif partial:
+        check_left_out(model, partial, weights, plan.start.path)
+    elif weights:
+        log.info(str(find_pretrained(model, weights)))
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def check_trainable(config: RunConfig, model: LightningModule) -> None:

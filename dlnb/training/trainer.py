@@ -18,12 +18,14 @@ from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
+from ..callbacks.exclude_frozen import ExcludeFrozen
 from ..callbacks.hyperparameters import PlainHyperparameters
 from ..callbacks.loss import CheckLoss
 from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
+from ..callbacks.start_from import StartFrom
 from ..checkpoint.exact_resume import ExactResume
 from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.reshard import ContinueFrom
@@ -83,7 +85,7 @@ def build_trainer(
     }
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
-    callbacks += [*build_objects(config.callbacks, "callbacks"), *more]
+    callbacks += [*build_objects(config.callbacks, "callbacks"), *more, *_starting(plan)]
     check_callbacks(config, callbacks)
     return make_trainer(config, folder, callbacks, **arguments)
 
@@ -94,6 +96,13 @@ def _resuming(plan: RunPlan) -> list[Callback]:
     if start is None:
         return [ContinueFrom(None), CheckLengths(None)]
     return [ContinueFrom(start.path, weights_only=not start.own), CheckLengths(start.manifest)]
+
+
+def _starting(plan: RunPlan) -> list[Callback]:
+    "What gives the model its weights, where the settings or the checkpoint say whence. They come last: others may have frozen parameters."
+    partial = plan.manifest.partial if plan.manifest else None
+    excluding = [ExcludeFrozen(plan.weights, partial)] if plan.config.excludes_frozen else []
+    return [StartFrom(plan.weights), *excluding]
 
 
 def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
