@@ -374,10 +374,7 @@ def _check_reporting(config: RunConfig) -> None:
 def _check_classes(config: RunConfig) -> None:
     from lightning.pytorch import LightningModule
 
-    is_class = inspect.isclass(config.model_class)
-    if is_class and issubclass(config.model_class, LightningModule) and config.model_class.training_step is LightningModule.training_step:
-        raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
-    if is_class and not issubclass(config.model_class, LightningModule):
+    if inspect.isclass(config.model_class) and not issubclass(config.model_class, LightningModule):
         raise ValueError(
             f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )

@@ -18,7 +18,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,7 +69,7 @@ def _check_options(name: str, options: dict) -> None:
 class Compiled(nn.Module):
     "Stands for a module that `torch.compile` has wrapped: the same names of parameters, the same compiled code."
 
-    def __init__(self, wrapper: OptimizedModule):
+    def __init__(self, wrapper: nn.Module):  # has `_orig_mod`, as state_dict names it
         super().__init__()
         self._orig_mod = wrapper._orig_mod
         self.compiled = wrapper.forward
@@ -89,7 +88,7 @@ def replace_compiled(module: nn.Module) -> None:
     "Put a `Compiled` in the place of every wrapped submodule."
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, OptimizedModule):
+            if type(child).__qualname__ == "OptimizedModule":  # torch gives it no public name
                 setattr(parent, name, Compiled(child))
 
 # %% ../nbs/04_strategy.ipynb #a6154202

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dlnb.checkpoint.manifest import read_manifest
 from dlnb.config import RunConfig
@@ -96,6 +97,27 @@ def test_last_is_the_newest_state_after_every_epoch_whatever_is_best(tmp_path, m
     again = fit(config(tmp_path, max_epochs=6))
     assert (again.earlier[0].step, again.epoch, again.step) == (8, 6, 12)
     assert again.best_checkpoint == "checkpoints/epoch=0.ckpt" and checkpoints_of(folder) == ["epoch=0.ckpt", "last.ckpt"]
+
+
+class Scheduled(Scripted):
+    "Two schedulers that step once an epoch: by the epoch, and by what was monitored."
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        by_epoch = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        if os.environ.get("PLATEAU"):
+            by_epoch = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": by_epoch, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize("plateau", ["", "1"], ids=["by the epoch", "by a metric"])
+def test_a_scheduler_steps_at_the_end_of_the_epoch_that_is_resumed(tmp_path, monkeypatch, plateau):
+    monkeypatch.setenv("PLATEAU", plateau)
+    settings = dict(model=f"{HERE}:Scheduled", optimizer="auto", max_epochs=4, save_every_n_steps=1)
+    stopped(monkeypatch, config(tmp_path / "stopped", **settings), before_step=3)
+    resumed, whole = fit(config(tmp_path / "stopped", **settings)), fit(config(tmp_path / "whole", **settings))
+    one, other = (load_file(record.folder / "model.safetensors") for record in (resumed, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_record_claims_no_epoch_that_is_not_on_the_disk(tmp_path):

@@ -94,7 +94,7 @@ MEANINGLESS = {  # name: (settings, what the sentence says)
     "best_params of a folder": ({"best_params": "/"}, "best_params"),
     "tags of numbers": ({"tags": [1]}, "tags"),
     "tags of a dictionary": ({"tags": {"a": 1}}, "tags"),
-    "a logger of two": ({"logger": "csv,tensorboard"}, "'csv' or 'tensorboard'"),
+    "a logger of two": ({"logger": "csv,tensorboard"}, "logger"),
     "callbacks for the Trainer": ({"trainer_args": {"callbacks": []}}, "'callbacks' is set by dlnb"),
     "a Trainer that keeps nothing": ({"trainer_args": {"fast_dev_run": True}}, "keeps no run"),
     "a setting in capitals": ({"LR": 1}, "LR"),

@@ -137,7 +137,8 @@ def resume_position(
     iter(data_fetcher(trainer))  # Lightning has begun an epoch already, to count its batches
     if not skipping:
         read_and_drop(data_fetcher(trainer), batches)
-    call_once_after(epoch_loop, "on_run_start", lambda *_: epoch_loop.on_iteration_done())
+    # An epoch that is resumed ends as any other: while the loops count as restarting, Lightning passes over its schedulers' step.
+    call_once_after(epoch_loop, "on_run_start", lambda *_: [loop.on_iteration_done() for loop in (epoch_loop, fit_loop)])
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #baadfa82
 class ExactResume(Callback):

@@ -28,6 +28,8 @@ def load_object(
         raise ValueError(f"{field}={path!r} must be the path of a class, as 'package.module.Class' or 'path/to/file.py:Class'.")
     if ":" in path:
         return load_callable(path, field)
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"{field}={path!r} must be the path of a class, as 'package.module.Class' or 'path/to/file.py:Class'.")
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
@@ -65,6 +67,8 @@ def read_spec(field: str, value: Mapping[str, Any]) -> Spec:
     for key in value:
         if key not in ("class_path", "init_args", "dict_kwargs"):
             raise ValueError(f"{field}: {unknown('key', key, ('class_path', 'init_args'))} Arguments belong into init_args.")
+    if "class_path" not in value:
+        raise ValueError(f"{field}={dict(value)!r} must have the path of a class as 'class_path', and its arguments as 'init_args'.")
     arguments = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
     target = load_object(value["class_path"], f"{field}.class_path")
     return Spec(target, [], arguments, _lacks_first(target, arguments))

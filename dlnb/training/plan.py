@@ -142,7 +142,9 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
-    "Raise `ValueError` for a module that has several optimizers where the strategy steps one."
+    "Raise `ValueError` for a module without a training step, and for several optimizers where the strategy steps one."
+    if not is_overridden("training_step", model):
+        raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
     if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
         return
     try:
