@@ -255,6 +255,14 @@ def _readable_name(config: NamedRun) -> str:
     return os.fsencode(name)[:60].decode(errors="ignore")
 
 
+def known_folder(
+    folder: Path,  # its name ends with a hash
+) -> Path:
+    "The folder of the same hash that an earlier version of dlnb has named otherwise, where there is just one; else this one."
+    others = [] if folder.exists() else list(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}"))
+    return others[0] if len(others) == 1 else folder
+
+
 def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))

@@ -68,7 +68,8 @@ def consolidate(
     index = out.with_name(f"{out.name}.index.json")
     former = _former_shards(index)
     try:
-        with readable_layout(checkpoint, out) as layout:
+        with readable_layout(checkpoint, out) as found:
+            layout = found.averaged
             if not layout.weights:
                 raise ValueError(f"{checkpoint} holds no weights.")
             check_no_source({checkpoint, *files_of(layout)}, [out, index, *former])

@@ -32,7 +32,7 @@ def find_weights(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
 ) -> Source:
     "Raises `ValueError` where there is nothing of these kinds."
-    path = _one_run(Path(run)) if str(run) else Path()
+    path = one_run(Path(run)) if str(run) else Path()
     if not str(run) or not path.exists():
         raise ValueError(
             f"run={str(run)!r}: there is no such file or folder. Give a run's folder, a checkpoint, a .safetensors file, or a folder of "
@@ -48,7 +48,7 @@ def find_weights(
     return Source(_weights_of_run(record) if folder == path else path, record)
 
 
-def _one_run(path: Path) -> Path:
+def one_run(path: Path) -> Path:
     "The run that a folder of runs means, or its `latest` or `best`; any other path as it is. Raises `ValueError` where there is none."
     chosen, folder = (path.name, path.parent) if path.name in ("latest", "best") and not path.exists() else ("latest", path)
     if not folder.is_dir() or (folder / "run.json").is_file():
@@ -59,7 +59,7 @@ def _one_run(path: Path) -> Path:
     trained = table[table["mode"] == "train"] if len(table) else table
     if trained.empty:
         return path
-    return Path(trained["folder"].iloc[0])
+    return Path(trained["run"].iloc[0])
 
 
 def _weights_of_run(record: RunRecord) -> Path:

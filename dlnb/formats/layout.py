@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/formats/04_layout.ipynb #9febdbc4
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ class Layout:
     tied: dict[str, str] = field(default_factory=dict)  # name -> the name in `weights` whose tensor it shares
     values: dict[str, Any] = field(default_factory=dict)  # whatever else a torch file held, as `read_archive` gives it
     distributed: Path | None = None  # a folder of torch.distributed.checkpoint, which torch itself has to read
+    averages: dict[str, Weight] = field(default_factory=dict)  # of weights, in place of which inference uses them
+
+    @property
+    def averaged(self) -> "Layout":
+        "The same checkpoint with its averages in place of the weights, where it has any."
+        return replace(self, weights=self.weights | self.averages, averages={})
 
 # %% ../../nbs/formats/04_layout.ipynb #c95cd17c
 def stored(tensor: StoredTensor) -> Weight:

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/formats/08_reader.ipynb #f82af8c6
+from dataclasses import replace
 from pathlib import Path
 
 from .layout import Layout, named_error, stored_layout
@@ -20,7 +21,8 @@ def _read_torch_file(path: Path) -> Layout:
     values = read_archive(path)
     try:
         if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-            return stored_layout(values["state_dict"], values)
+            averages = stored_layout(values.get("averages") or {}, {}).weights
+            return replace(stored_layout(values["state_dict"], values), averages=averages)
         if isinstance(values, dict) and values and all(isinstance(value, StoredTensor) for value in values.values()):
             return stored_layout(values, {})
     except ValueError as error:

@@ -190,6 +190,15 @@ def _frozen_weights(models: list[dict]) -> dict[str, Weight]:
     return weights
 
 
+def _averages(models: list[dict], partitioned: bool) -> dict[str, Weight]:
+    "The averages of trained parameters that a callback keeps: in stage 3 each rank has its part."
+    kept = models[0].get("averages") or {}
+    if not partitioned:
+        return stored_layout(kept, {}).weights
+    shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
+    return {name: _partitioned_weight([_Vector([model["averages"][name]]) for model in models], 0, shapes[name]) for name in kept}
+
+
 def _stored_weights(model: dict, elsewhere: set[str], with_parameters: bool) -> Layout:
     "What the model states hold themselves: buffers, and parameters that no optimizer trained."
     buffers = set(model.get("buffer_names") or ())
@@ -216,14 +225,14 @@ def _tied_names(model: dict, weights: dict[str, Weight]) -> dict[str, str]:
 
 # %% ../../nbs/formats/06_zero.ipynb #8dcc806a
 def _read_models(folder: Path, paths: Sequence[Path]) -> list[dict]:
-    "The model states, of all ranks where each has a part of frozen parameters, else the first alone."
+    "The model states, of all ranks where each has a part of frozen parameters or of averages, else the first alone."
     models = []
     for path in paths:
         values = _read_states(path, "module", "holds no model states of DeepSpeed: it has no 'module'.")
         if models and values.get("global_steps") != models[0].get("global_steps"):
             raise ValueError(f"{path} is of another save than {paths[0].name}: their steps differ.")
         models.append(values)
-        if not values.get("frozen_param_fragments"):
+        if not values.get("frozen_param_fragments") and not values.get("averages"):
             break
     return models
 
@@ -247,7 +256,7 @@ def read_zero(folder: Path) -> Layout:
         raise named_error(folder, error) from error
     bare = {name: name.removeprefix("_forward_module.") for name in [*layout.weights, *layout.tied]}
     weights = {bare[name]: weight for name, weight in layout.weights.items()}
-    return Layout(weights, {bare[name]: bare[to] for name, to in layout.tied.items()}, layout.values)
+    return Layout(weights, {bare[name]: bare[to] for name, to in layout.tied.items()}, layout.values, averages=layout.averages)
 
 
 def read_all_shards(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -283,7 +292,7 @@ def _assemble(folder: Path) -> Layout:
     tied = _tied_names(models[0], weights)
     stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not partitioned)
     _warn_of_unsaved(folder, models[0]["module"].keys() - weights.keys() - tied.keys() - stored.weights.keys() - stored.tied.keys())
-    return Layout(weights | stored.weights, tied | stored.tied, models[0])
+    return Layout(weights | stored.weights, tied | stored.tied, models[0], averages=_averages(models, partitioned))
 
 # %% ../../nbs/formats/06_zero.ipynb #de51961a
 def _tag(latest: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from ..config import RunConfig, short_hash
+from ..config import RunConfig, known_folder, short_hash
 from .space import Space, read_space
 from .storage import open_storage
 from .study import StudyConfig
@@ -98,7 +98,8 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     config = with_source(RunConfig(**config.model_dump() | {"devices": len(groups[0])}))
     name = study.study_name or f"{config.run_name}-{short_hash(study_identity(config, study))}"
     folder = Path(config.root) / config.task / "tune" / config.resolved.strategy / name
-    plan = SearchPlan(config, study, space, groups, name, folder)
+    folder = folder if study.study_name or config.name else known_folder(folder)
+    plan = SearchPlan(config, study, space, groups, folder.name, folder)
     plan.build_sampler(0), plan.build_pruner()  # their mistakes come first
     return plan
 

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.environments import (
 
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.search import UNFINISHED, Found, examine, find_checkpoint, tidy
-from ..config import RunConfig
+from ..config import RunConfig, known_folder
 from ..formats.reader import read_layout
 from ..system.heartbeat import has_heartbeat
 from ..system.lock import LOCK, check_free, find_holder, hold
@@ -43,7 +43,7 @@ def is_rank_zero(config: RunConfig) -> bool:
 # %% ../../nbs/training/01_start.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. It may be another process's until `fit` has the folder's lock."
-    folder = config.folder()
+    folder = config.folder() if config.name else known_folder(config.folder())
     return RunRecord.read_or_new(_free_folder(folder) if config.resume == "never" else folder)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
@@ -83,6 +84,7 @@ def build_trainer(
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
     callbacks += [*build_objects(config.callbacks, "callbacks"), *more]
+    check_callbacks(config, callbacks)
     return make_trainer(config, folder, callbacks, **arguments)
 
 # %% ../../nbs/training/03_trainer.ipynb #5107386f
@@ -92,6 +94,16 @@ def _resuming(plan: RunPlan) -> list[Callback]:
     if start is None:
         return [ContinueFrom(None), CheckLengths(None)]
     return [ContinueFrom(start.path, weights_only=not start.own), CheckLengths(start.manifest)]
+
+
+def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
+    "Raise `ValueError` for callbacks of Lightning that copy the model, which is empty where ZeRO has partitioned it."
+    for callback in callbacks:
+        if config.resolved.strategy.startswith("deepspeed") and isinstance(callback, (LightningAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"callbacks: {type(callback).__name__} copies the model, which strategy={config.strategy!r} does not have in one piece. "
+                "Use dlnb.callbacks.averaging.WeightAveraging, which averages under every strategy."
+            )
 
 
 def _more_loggers(config: RunConfig, folder: Path) -> list[Any]:

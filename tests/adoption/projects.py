@@ -49,7 +49,7 @@ PROJECTS = [
     Project("hf_causal", "causal.py:CausalLM", "causal.py:Lines", {"collate_fn": "causal.py:pad"}, needs=("transformers",)),
     Project("lora", "lora.py:Adapted", "lora.py:Tokens", space={"model_args.rank": [1, 2]}, needs=("transformers", "peft")),
     Project("averaging", "net.py:Net", "net.py:Sums",
-            {"callbacks": [{"class_path": "net.CountSteps", "init_args": {"every": 2}}, "lightning.pytorch.callbacks.EMAWeightAveraging"]}, predicts=False),
+            {"callbacks": [{"class_path": "net.CountSteps", "init_args": {"every": 2}}, {"class_path": "dlnb.callbacks.averaging:WeightAveraging", "init_args": {"decay": 0.9}}]}, predicts=False),
     Project("gathered", "net.py:Embedder", "net.py:Items"),
     Project("compiled", "net.py:Net", "net.py:Sums", predicts=False),
     Project("metrics", "net.py:Net", "net.py:Signs", {"monitor": "val/acc", "monitor_mode": "max"}, predicts=False),
