@@ -29,7 +29,7 @@ from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.types import common_type, list_type, variable
 from dlnb.predictions.writer import PredictionWriter
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
 QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
 LENGTH = 29  # divided neither by two ranks nor by three
 
@@ -144,7 +144,7 @@ def kill_amidst(folder: Path, devices: int) -> None:
     "Kill all ranks when each has predicted two batches."
     process = start(sys.executable, folder, devices, folder, "first attempt")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while len(list(folder.glob("waits-*"))) < devices:
             assert process.poll() is None and time.monotonic() < deadline, "it did not come to predict"
             time.sleep(0.05)
