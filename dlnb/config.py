@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
-from .settings.model_and_data import ReadSettings, own_optimizer
+from .settings.model_and_data import ReadSettings
 from .settings.objects import Object, Objects, Spec, check_objects, read_object, read_spec, with_entry
 from .settings.roles import Role, Settings
 from .settings.text import Dictionary, read_dictionary, read_words
@@ -396,8 +396,6 @@ def strategy_problem(config: NamedRun) -> str:
     if method != "popen":
         same = re.sub("_(spawn|fork|notebook)", "", config.strategy)
         return f"starts its ranks by multiprocessing's {method!r}, from a process that cannot be copied. {same!r} is the same training: use it."
-    if config.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
-        return f"has lost the shapes that decide what decays when dlnb's optimizer is made. Define configure_optimizers in {config.model_class.__name__}."
     return ""
 
 # %% ../nbs/05_config.ipynb #616dfe9a

@@ -6,6 +6,7 @@
 __all__ = ['describe_differences']
 
 # %% ../../nbs/training/02_plan.ipynb #e939689d
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..checkpoint.trust import key_file
 from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..formats.reader import read_layout
+from ..settings.model_and_data import own_optimizer
 from ..system.log import log
 from ..tracking.environment import package_versions
 from ..tracking.record import RunRecord
@@ -142,9 +144,14 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
-    "Raise `ValueError` for a module without a training step, and for several optimizers where the strategy steps one."
+    "Raise `ValueError` for a module without a training step, and for one whose optimizers the strategy cannot step."
     if not is_overridden("training_step", model):
         raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
+    if config.resolved.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
+        raise ValueError(
+            f"strategy={config.strategy!r}: FSDP's flat shards have lost the shapes by which dlnb's optimizer decides what decays. Define "
+            f"configure_optimizers in {type(model).__name__}."
+        )
     if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
         return
     try:
