@@ -1,6 +1,7 @@
 """Projects that know nothing of dlnb: each is trained, tested, predicted, tuned, killed and resumed as it is."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,28 @@ from projects import HERE, PROJECTS, Project
 from safetensors.torch import load_file
 
 INFER, TUNE = TRAIN.with_name("infer.ipynb"), TRAIN.with_name("tune.ipynb")
-QUICK = ("notebook", "nested", "detector", "gathered")
-pytestmark = pytest.mark.timeout(400)
-ALL = [pytest.param(project, id=project.name, marks=[] if project.name in QUICK else [pytest.mark.soak]) for project in PROJECTS]
-EACH = pytest.mark.parametrize("project", ALL)
+QUICK = ("notebook", "nested", "detector", "gathered")  # in the default suite
+# All of it takes three quarters of an hour, ADOPTION=all; else a search, and the second strategy, of those where it could differ.
+ALL = os.environ.get("ADOPTION") == "all"
+SEARCHED = ("notebook", "nested", "cli", "gan", "lora", "functions")
+UNDER_DDP = ("notebook", "nested", "gan", "stream", "plateau", "averaging", "hf_causal")
 LONG = pytest.mark.soak
+pytestmark = pytest.mark.timeout(400)
+
+
+def of(*names: str):
+    "The projects of these names, or all."
+    return [pytest.param(project, id=project.name) for project in PROJECTS if ALL or project.name in names]
+
+
+def by_strategy():
+    chosen = {"ddp": UNDER_DDP, "deepspeed_stage_3": [project.name for project in PROJECTS]}
+    return [
+        pytest.param(project, strategy, id=f"{project.name}-{strategy}")
+        for strategy, names in chosen.items()
+        for project in PROJECTS
+        if ALL or project.name in names
+    ]
 
 
 @pytest.fixture
@@ -51,7 +69,9 @@ def infer(launch, folder: Path, project: Project, ranks: int) -> None:
     assert (tested / "predictions.parquet").is_file() == project.predicts
 
 
-@EACH
+@pytest.mark.parametrize(
+    "project", [pytest.param(project, id=project.name, marks=[] if project.name in QUICK else [LONG]) for project in PROJECTS]
+)
 def test_it_trains_is_tested_and_predicts(launch, project, here):
     folder = train(launch, project, devices=1)
     assert load_file(folder / "model.safetensors")
@@ -60,7 +80,7 @@ def test_it_trains_is_tested_and_predicts(launch, project, here):
 
 
 @LONG
-@EACH
+@pytest.mark.parametrize("project", of(*SEARCHED))
 def test_a_search_varies_it(launch, project, here):
     launch(TUNE, "tune.ipynb", **settings(project, search_space=project.space, n_trials=2, max_epochs=1))
     (best,) = (here / "runs").rglob("best_params.json")
@@ -77,8 +97,7 @@ def kill(job) -> None:
 
 
 @LONG
-@EACH
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize("project, strategy", by_strategy())
 def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, papermill, project, here, strategy):
     more = dict(strategy=strategy, devices=2, max_epochs=4, save_every_n_steps=1)
     if sentence := project.refused.get(strategy):
