@@ -46,7 +46,8 @@ class Pretrained(NamedTuple):
     def __str__(self) -> str:
         match = self.match
         words = [f"Starting from {self.path}: {len(match.weights)} of {len(match.weights) + len(match.new)} tensors, {match.rule}."]
-        parts = {"New": match.new, "Of another shape": [*match.reshaped.values()], "Not used": match.unused}
+        new = [name for name in match.new if name not in match.reshaped]
+        parts = {"New": new, "Of another shape": [*match.reshaped.values()], "Not used": match.unused}
         return " ".join([*words, *(f"{part}: {few(names)}." for part, names in parts.items() if names)])
 
 
