@@ -391,8 +391,8 @@ def strategy_problem(config: NamedRun) -> str:
     "Why the strategy cannot train this run, with the remedy; empty where it can."
     from lightning.pytorch.strategies import StrategyRegistry
 
-    entry = StrategyRegistry.get(config.strategy) if config.strategy != "auto" else None
-    method = StrategyRegistry[config.strategy]["init_params"].get("start_method", "popen") if entry else "popen"
+    options = StrategyRegistry[config.strategy]["init_params"] if config.strategy != "auto" else {}
+    method = options.get("start_method", "popen")
     if method != "popen":
         same = re.sub("_(spawn|fork|notebook)", "", config.strategy)
         return f"starts its ranks by multiprocessing's {method!r}, from a process that cannot be copied. {same!r} is the same training: use it."
