@@ -38,7 +38,7 @@ def is_compiled(operator: str) -> bool:
 
 
 # Files whose tests take seconds, and need neither a compiler nor many processes: `pytest -m fast`.
-FAST = ("bad_records config consolidate data examples foreign_files internals project query resume_errors settings track").split()
+FAST = ("bad_records config consolidate data examples foreign_files internals project query resume_errors settings").split()
 
 
 # Files whose tests share nothing: each goes to whichever worker is free. Those of another file share trained runs and stay together.

@@ -19,7 +19,8 @@ from .definitions import definitions, needed, read_statements
 
 # %% ../../nbs/settings/01_notebook.ipynb #a5c6b4bd
 _EXPORT = re.compile(r"^\s*#\s*\|\s*export[si]?\b", re.MULTILINE)
-_KEPT_MAGIC = re.compile(r"\A\s*%%(time|capture|timeit)\b.*\n")
+_KEPT_MAGICS = ("time", "capture", "timeit")
+_KEPT_MAGIC = re.compile(rf"\A\s*%%({'|'.join(_KEPT_MAGICS)})\b.*\n")
 
 
 def notebook_code(
@@ -37,6 +38,16 @@ def notebook_code(
     transform = TransformerManager().transform_cell
     texts = [transform(_KEPT_MAGIC.sub("", cell)) for cell in exported or cells]
     return "\n".join(text for text in texts if exported or read_statements([text])), bool(exported)
+
+# %% ../../nbs/settings/01_notebook.ipynb #f74926cd
+def executed_code(
+    cell: str,  # of `In`
+) -> str:
+    "The code of a cell, without a magic that runs it all."
+    if not cell.startswith("get_ipython().run_cell_magic("):
+        return cell
+    name, _, body = (ast.literal_eval(argument) for argument in ast.parse(cell).body[0].value.args)
+    return body if name in _KEPT_MAGICS else cell
 
 # %% ../../nbs/settings/01_notebook.ipynb #cb16a90f
 class NotebookModule(ModuleType):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..settings.definitions import definitions, is_import, needed, read_statements, uses
-from ..settings.notebook import NotebookModule
+from ..settings.notebook import NotebookModule, executed_code
 
 # %% ../../nbs/tracking/02_sources.ipynb #703c5b13
 def file_of(
@@ -57,7 +57,7 @@ def module_texts(
         return [sys.modules[module].source()]
     cells = vars(sys.modules[module]).get("In") if module == "__main__" else None
     if isinstance(cells, list):
-        return list(cells)
+        return [executed_code(cell) for cell in cells]
     try:
         with tokenize.open(file_of(module)) as file:
             return [file.read()]
