@@ -244,7 +244,9 @@ def train(tmp_path_factory, launch):
 
     def train(strategy: str) -> Trained:
         if strategy not in runs:
-            settings = dict(strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, root=str(root))
+            settings = dict(
+                strategy=strategy, devices=OPTIMIZERS[strategy][1], accelerator="cpu", max_epochs=3, lr=3e-3, batch_size=64, root=str(root)
+            )
             settings["optimizer"] = "AdamW" if strategy in SAME else "auto"
             notebook, folder = launch(TRAIN, root / f"{strategy}.ipynb", **settings)
             record = json.loads((folder / "run.json").read_text())
