@@ -109,7 +109,7 @@ def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, papermill, project,
     infer(launch, undisturbed, project, 1)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings(project, **more).items()}
     job = papermill(TRAIN, "--cwd", str(here), **texts)
-    while not list((here / "runs").rglob("last.ckpt")) and job.process.poll() is None:
+    while not list((here / "runs").glob("*/train/*/*/checkpoints/last.ckpt")) and job.process.poll() is None:
         job.look()
     kill(job)
     resumed = train(launch, project, "again", **more)
