@@ -168,3 +168,27 @@ def test_two_ranks_train_and_measure_as_one_where_two_do_not_divide_the_splits(t
     predictions = [batch for record in two_ranks for batch in record["predicted"]["values"]]
     assert sorted(sum(predictions, [])) == list(range(19))
     assert predictions == [batch for record in two_ranks for batch in record["predicted"]["indices"]]
+
+
+class Lines:
+    "Texts of known lengths."
+
+    def __init__(self, split):
+        self.lengths = [1 + index % 9 for index in range(90)]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        return self.lengths[index]
+
+
+def test_the_sampler_that_the_workflow_names_groups_by_length():
+    from dlnb.config import RunConfig
+    from dlnb.training.build import build_data
+
+    settings = dict(model="dlnb.examples:DigitsNet", data=f"{__file__}:Lines", batch_size=10, data_args={"num_workers": 0})
+    grouped = build_data(RunConfig(**settings, data_sampler="dlnb.data:LengthGroupedSampler")).train_dataloader()
+    plain = build_data(RunConfig(**settings)).train_dataloader()
+    spread = [sum(int(batch.max() - batch.min()) for batch in loader) for loader in (grouped, plain)]
+    assert spread[0] <= 9 < 40 < spread[1]
