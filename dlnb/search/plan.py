@@ -22,7 +22,8 @@ from .study import StudyConfig
 from .trial_queue import TrialQueue
 from .trial_ranks import Share
 from ..system.processes import usable_cores
-from ..tracking.kept_source import keep_source, with_source
+from ..tracking.kept_source import given_source, keep_source
+from ..tracking.sources import source_hashes
 
 # %% ../../nbs/search/06_plan.ipynb #f1c79e18
 def check_searchable_run(config: RunConfig) -> None:
@@ -95,7 +96,8 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     space = read_space(study.search_space, config)
     check_searchable_run(config)
     groups = device_groups(config, study.devices_per_trial)
-    config = with_source(RunConfig(**config.model_dump() | {"devices": len(groups[0])}))
+    config = RunConfig(**config.model_dump() | {"devices": len(groups[0])})
+    config = config.with_given(given_source(source_hashes(*config.classes)))
     name = study.study_name or f"{config.run_name}-{short_hash(study_identity(config, study))}"
     folder = Path(config.root) / config.task / "tune" / config.resolved.strategy / name
     folder = folder if study.study_name or config.name else known_folder(folder)

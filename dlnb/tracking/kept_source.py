@@ -34,10 +34,12 @@ def kept_source(config: RunConfig) -> str:
     return needed_source("__main__", names) if names else ""
 
 # %% ../../nbs/tracking/10_kept_source.ipynb #03588cf3
-def with_source(config: RunConfig) -> RunConfig:
-    "The settings of a run whose identity includes what the running notebook defines for it."
-    source = kept_source(config)
-    return config.with_given(config.given | {"source": short_hash(source)}) if source else config
+def given_source(
+    sources: Mapping[str, str],  # of a run's classes, as `dlnb.tracking.sources.source_hashes` returns them
+) -> dict[str, str]:  # for `RunConfig.with_given`; empty where the running notebook defines none of them
+    "What distinguishes a run by the source that the running notebook has for it."
+    pieces = {place: value for place, value in sources.items() if place.startswith(NOTEBOOK)}
+    return {"source": short_hash(pieces)} if pieces else {}
 
 
 def keep_source(

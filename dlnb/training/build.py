@@ -19,7 +19,7 @@ from ..settings.model_and_data import OPTIMIZER
 from ..settings.objects import build_objects
 from ..system.log import log
 from ..tracking.fingerprint import Fingerprint, is_same_class, remember
-from ..tracking.kept_source import with_source
+from ..tracking.kept_source import given_source
 from ..tracking.sources import named, source_hashes
 
 # %% ../../nbs/training/00_build.ipynb #97370595
@@ -82,9 +82,9 @@ def with_objects(
     **objects: LightningModule | LightningDataModule | None,  # model and data; None for what the settings describe
 ) -> tuple[RunConfig, dict[str, str]]:  # the settings of a run with these, and the hashes of the sources
     "Make what is passed a part of the run's identity. Raises `ValueError` where it is not of the class that the settings name."
-    config = with_source(config.with_given({}))
-    given = dict(config.given)
+    config = config.with_given({})
     sources = source_hashes(*config.classes)
+    given = given_source(sources)
     for part, value in objects.items():
         if value is None:
             continue
