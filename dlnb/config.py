@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
 from .settings.model_and_data import ReadSettings
-from .settings.objects import Object, Objects, Spec, check_objects, read_object, read_spec, with_entry
+from .settings.objects import Object, Objects, build_partial, check_objects, read_object, specs, with_entry
 from .settings.roles import Role, Settings
 from .settings.text import Dictionary, read_dictionary, read_words
 from .settings.values import LONGEST_NAME, check_root, check_value
@@ -87,13 +87,12 @@ class Loading(ReadSettings):
     @property
     def loading(self) -> dict[str, Any]:
         "What is not the default."
-        return {name: value for name in Loading.__annotations__ if (value := getattr(self, name)) != Loading.model_fields[name].default}
+        return {name: getattr(self, name) for name in Loading.__annotations__ if not self.is_default(name)}
 
     @property
     def loading_functions(self) -> dict[str, Any]:
-        "The same for a `DataModule`. Raises `ValueError` where a path leads nowhere."
-        specs = {name: read_spec(name, value) if isinstance(value, dict) else value for name, value in self.loading.items()}
-        made = {name: partial(spec.target, **spec.arguments) if isinstance(spec, Spec) else spec for name, spec in specs.items()}
+        "The same for a `DataModule`."
+        made = {name: build_partial(value, name) if isinstance(value, dict) else value for name, value in self.loading.items()}
         return {name.removeprefix("data_"): value for name, value in made.items()}
 
 # %% ../nbs/05_config.ipynb #56da3b37
@@ -237,9 +236,7 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loadi
 # %% ../nbs/05_config.ipynb #ce26fd36
 def _identity_of(config: NamedRun) -> dict[str, Any]:
     left_out = {*config.fields_with(identity=False)} - ({"resume"} if config.origin else set())
-    unchanged = {
-        name for name in config.fields_with(identity="changed") if getattr(config, name) == type(config).model_fields[name].default
-    }
+    unchanged = set(filter(config.is_default, config.fields_with(identity="changed")))
     settings = config.resolved.model_dump(exclude=left_out | unchanged)
     if config.origin:
         settings["resume"] = _place_in(config.root, config.origin)
@@ -346,7 +343,8 @@ def _check_agreement(config: RunConfig) -> None:
         check_objects(field, getattr(config, field))
     if config.has_data_module and config.loading:
         raise ValueError(f"{', '.join(config.loading)}: {config.data_class.__name__} makes its own loaders. Set it there.")
-    _ = config.loading_functions  # likewise
+    for field, value in config.loading.items():
+        _ = [*specs(field, value)]  # likewise; their first arguments come later
 
 
 def _check_training(config: RunConfig) -> None:

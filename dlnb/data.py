@@ -288,9 +288,9 @@ class DataModule(_Splits):
         "Shuffled by (seed, epoch), in whole optimizer steps; a stream in its own order."
         if isinstance(self.dataset("train"), IterableDataset):
             return _make_stream_loader(self, "train")
-        steps = {"accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1}
-        order = {"seed": self.seed, "drop_last": self.drop_last, "sampler": self.sampler()}
-        sampler = EpochSampler(self.dataset("train"), self.batch_size, **_ranks(self.trainer), **order, **steps)
+        order: dict[str, Any] = {"seed": self.seed, "drop_last": self.drop_last, "sampler": self.sampler(), **_ranks(self.trainer)}
+        order["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches if self.trainer else 1
+        sampler = EpochSampler(self.dataset("train"), self.batch_size, **order)
         return _make_loader(self, "train", sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader:

@@ -130,7 +130,7 @@ def _metrics_kept(record: RunRecord) -> Iterator[None]:
         ) from error
 
 # %% ../nbs/08_infer.ipynb #8f19da22
-def _check_split(config: RunConfig, data: LightningDataModule, split: str) -> None:
+def _check_split(config: RunConfig, data: LightningDataModule, split: Any) -> None:
     "Raises `ValueError` where the data has no such split."
     remedy = {
         "predict": "Set split='test': with predictions=True it predicts the samples of the test split.",

@@ -12,14 +12,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from ..checkpoint.partition import held
 from ..system.log import log
 
 # %% ../../nbs/callbacks/09_averaging.ipynb #f562e9e0
-def held(parameter: nn.Parameter) -> torch.Tensor:
-    "The elements of a parameter that this rank holds."
-    return getattr(parameter, "ds_tensor", parameter).data
-
-
 def gather_again(parameters: list[nn.Parameter]) -> None:
     "Have ZeRO-3's gathered parameters show what the ranks hold; all ranks call it."
     gathered = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor") and parameter.data.numel() == parameter.ds_numel]
@@ -42,7 +38,8 @@ class Averages:
     def begin(self, module: LightningModule, saved: dict[str, torch.Tensor] | None) -> None:
         "Take a checkpoint's average, or none. One of other ranks or of another strategy does not fit, and is reported."
         here = {name: held(parameter) for name, parameter in _trained(module).items()}
-        if saved and {name: tensor.shape for name, tensor in here.items()} != {name: tensor.shape for name, tensor in saved.items()}:
+        known, wanted = ({name: tensor.shape for name, tensor in values.items()} for values in (saved or {}, here))
+        if saved and known != wanted:
             log.warning("The average of the weights is of other ranks or of another strategy, and begins again from the weights.")
             saved = None
         self.updates = self.updates if saved else 0
@@ -106,7 +103,7 @@ class WeightAveraging(Callback):
         self.last_step = step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.exchange = Exchange(pl_module, self.averages.values) if self.averages.updates and self.averages.values else None
+        self.exchange = Exchange(pl_module, self.averages.values) if self.averages.values and self.averages.updates else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.exchange:

@@ -22,7 +22,9 @@ class CheckMonitor(Callback):
     "Refuses, before the first step, to monitor a validation metric that is not logged; finds another one for the default."
 
     def __init__(self, monitor: str, is_default: bool = False):
-        self.monitor, self.is_default = monitor, is_default
+        self.monitor: str | None = monitor
+        self.resumed: str | None = monitor  # as the checkpoint has it that is resumed from
+        self.is_default = is_default
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = validation_names(trainer)
@@ -45,7 +47,7 @@ class CheckMonitor(Callback):
                 + (f"Monitored is {name}." if name else "Nothing is monitored, and the newest checkpoint is kept.")
             )
         _set_monitor(trainer, self.monitor, name)
-        self.monitor = name
+        self.monitor = self.resumed = name
 
     def state_dict(self) -> dict[str, str | None]:
         return {"monitor": self.monitor}
@@ -54,8 +56,8 @@ class CheckMonitor(Callback):
         self.resumed = state["monitor"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (resumed := vars(self).pop("resumed", self.monitor)) != self.monitor:
-            self._follow(trainer, resumed)
+        if self.resumed != self.monitor:
+            self._follow(trainer, self.resumed)
 
 # %% ../../nbs/callbacks/03_checks.ipynb #3433c53d
 def _set_monitor(trainer: Trainer, before: str | None, name: str | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoint.manifest import Partial
 from ..checkpoint.matching import tensors_of
+from ..checkpoint.partition import held
 from ..checkpoint.pretrained import digests, find_pretrained, frozen_names
 from ..checkpoint.training_manifest import LeavesOut
 from ..checkpoint.weights import few
@@ -26,7 +27,7 @@ SAMPLED = 256  # elements of a tensor
 
 def sample(tensor: Tensor) -> Tensor:
     "Elements spread over a tensor, or over this rank's part of one that ZeRO 3 has sharded."
-    flat = getattr(tensor, "ds_tensor", tensor).detach().reshape(-1)
+    flat = held(tensor).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
 
 

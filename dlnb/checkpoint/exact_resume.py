@@ -138,7 +138,8 @@ def resume_position(
     if not skipping:
         read_and_drop(data_fetcher(trainer), batches)
     # An epoch that is resumed ends as any other: while the loops count as restarting, Lightning passes over its schedulers' step.
-    call_once_after(epoch_loop, "on_run_start", lambda *_: [loop.on_iteration_done() for loop in (epoch_loop, fit_loop)])
+    for loop in (epoch_loop, fit_loop):
+        call_once_after(epoch_loop, "on_run_start", lambda *_, loop=loop: loop.on_iteration_done())
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #baadfa82
 class ExactResume(Callback):

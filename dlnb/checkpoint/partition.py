@@ -15,6 +15,13 @@ from lightning.pytorch import Trainer
 from ..optim import base_optimizer
 from ..optimizers.target import zero_stage
 
+# %% ../../nbs/checkpoint/14_partition.ipynb #51411aeb
+def held(
+    parameter: torch.Tensor,  # or a buffer
+) -> torch.Tensor:
+    "The elements that this rank holds: all, or under ZeRO-3 its partition, while the parameter's own data may be empty."
+    return getattr(parameter, "ds_tensor", parameter).data
+
 # %% ../../nbs/checkpoint/14_partition.ipynb #b9f71131
 class Slot(NamedTuple):
     "Where elements of a parameter belong on this rank."

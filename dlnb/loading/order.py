@@ -7,7 +7,7 @@ __all__ = ['epoch_order', 'LengthGroupedSampler']
 
 # %% ../../nbs/loading/00_order.ipynb #f082f48f
 import random
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class LengthGroupedSampler(Sampler):
 
     def __init__(
         self,
-        dataset: Sized,  # with `lengths`, a number for each sample
+        dataset: Any,  # with a length and `lengths`, a number for each sample
         batch_size: int,  # samples per batch
         window: int = 50,  # batches that are sorted together
     ):

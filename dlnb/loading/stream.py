@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/loading/01_stream.ipynb #eae24148
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate
@@ -43,7 +44,7 @@ class Share:
         while True:
             with own_stream(self.seed, epoch, number):
                 items = iter(self.stream) if items is None else items
-                block = [item for _, item in zip(range(self.size), items)]
+                block = list(islice(items, self.size))
                 state = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
             if not block or self.drop_last and len(block) < self.size:
                 return
@@ -52,6 +53,9 @@ class Share:
             number += 1
 
 # %% ../../nbs/loading/01_stream.ipynb #b0482c5a
+FETCHED_AHEAD = 8  # batches, more than Lightning does
+
+
 class StreamLoader:
     "The batches of a rank's share of a stream, without loading processes."
 
@@ -67,7 +71,7 @@ class StreamLoader:
         self.collate_fn = collate_fn or default_collate
         self.first = 0  # block of the next epoch that is iterated over
         self.states: dict[int, Any] = {}  # of the stream, after that many batches
-        self.seen_batch_indices: list[list[int]] = []  # the samples' numbers, of the batches that were fetched
+        self.seen_batch_indices: list[list[int]] = []  # the samples' numbers, of the batches that were fetched for an evaluation
 
     @property
     def batches_per_block(self) -> int:
@@ -80,8 +84,10 @@ class StreamLoader:
         for block in self.share.blocks(self.place()[0], first):
             for start in range(0, len(block), self.batch_size):
                 samples, number = block[start : start + self.batch_size], number + 1
-                self.states = {**{known: self.states[known] for known in self.states if known > number - 8}, number: block.state}
-                self.seen_batch_indices.append([index for index, _ in samples])
+                self.states[number] = block.state
+                self.states.pop(number - FETCHED_AHEAD, None)
+                if not self.share.drop_last:  # nobody asks for the numbers of what is trained, and there is no end of them
+                    self.seen_batch_indices.append([index for index, _ in samples])
                 yield self.collate_fn([sample for _, sample in samples])
         if hasattr(self.share.stream, "state_dict"):
             self.states[0] = self.share.stream.state_dict()  # where the next epoch begins

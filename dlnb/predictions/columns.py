@@ -144,7 +144,7 @@ def _type_of(value: Any) -> "pa.DataType":
             kind = list_type(kind, size)
         return kind
     if isinstance(value, (list, np.ndarray)):
-        return pa.list_(_common_type_of(value))
+        return pa.list_(_common_type_of(list(value)))
     if isinstance(value, dict) and value:
         return pa.struct([(key, variable(_type_of(inner))) for key, inner in value.items()])
     for known, kind in ((bool, pa.bool_()), (Integral, pa.int64()), (Real, pa.float64()), (str, pa.string()), (type(None), pa.null())):

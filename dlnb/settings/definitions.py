@@ -9,6 +9,7 @@ __all__ = []
 import ast
 import symtable
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 # %% ../../nbs/settings/00_definitions.ipynb #5dcef071
 def read_statements(
@@ -47,7 +48,7 @@ def _partly_assigned(statement: ast.stmt) -> set[str]:
     return names
 
 # %% ../../nbs/settings/00_definitions.ipynb #e3201fee
-def is_import(statement: ast.stmt) -> bool:
+def is_import(statement: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
     return isinstance(statement, (ast.Import, ast.ImportFrom))
 
 
@@ -83,7 +84,7 @@ def _global_names(statement: ast.stmt) -> set[str]:
         for symbol in scope.get_symbols()
         if symbol.is_referenced() and (scope.get_type() == "module" or symbol.is_global())
     }
-    imports = (node for node in ast.walk(statement) if isinstance(node, (ast.Import, ast.ImportFrom)))
+    imports = filter(is_import, ast.walk(statement))
     return names | {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
 
 # %% ../../nbs/settings/00_definitions.ipynb #54562cc5

@@ -137,5 +137,5 @@ class ReadSettings(ClassArguments):
     def check_read(self) -> None:
         "Raise `ValueError` for a setting that was given, and that nothing reads."
         for name, reason in self.unread.items():
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={value!r} would change nothing: {reason}. Leave it out, or have the class take it.")
+            if not self.is_default(name):
+                raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {reason}. Leave it out, or have the class take it.")

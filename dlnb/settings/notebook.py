@@ -46,7 +46,8 @@ def executed_code(
     "The code of a cell, without a magic that runs it all."
     if not cell.startswith("get_ipython().run_cell_magic("):
         return cell
-    name, _, body = (ast.literal_eval(argument) for argument in ast.parse(cell).body[0].value.args)
+    call: Any = ast.parse(cell, mode="eval").body
+    name, _, body = map(ast.literal_eval, call.args)
     return body if name in _KEPT_MAGICS else cell
 
 # %% ../../nbs/settings/01_notebook.ipynb #cb16a90f

@@ -128,14 +128,19 @@ def check_objects(field: str, value: Any) -> None:
         complete_arguments(place, spec.target, spec.arguments, tuple(name for name in provided if name not in spec.arguments))
 
 # %% ../../nbs/settings/07_objects.ipynb #ca891f42
+def build_partial(value: Mapping[str, Any], field: str) -> partial:
+    "An object that is not called yet; those among its arguments are built."
+    spec = read_spec(field, value)
+    inner = build_objects if spec.is_recursive else (lambda item, _: item)
+    args = [inner(item, f"{field}.{place}") for place, item in enumerate(spec.args)]
+    return partial(spec.target, *args, **{name: inner(item, f"{field}.{name}") for name, item in spec.arguments.items()})
+
+
 def build_objects(value: Any, field: str = "arguments") -> Any:
     "Plain data with the objects that it describes in their places, the inner ones built first."
     if is_spec(value):
-        spec = read_spec(field, value)
-        inner = build_objects if spec.is_recursive else (lambda item, _: item)
-        args = [inner(item, f"{field}.{place}") for place, item in enumerate(spec.args)]
-        arguments = {name: inner(item, f"{field}.{name}") for name, item in spec.arguments.items()}
-        return partial(spec.target, *args, **arguments) if spec.is_partial else spec.target(*args, **arguments)
+        made = build_partial(value, field)
+        return made if read_spec(field, value).is_partial else made()
     if isinstance(value, Mapping):
         return {name: build_objects(item, f"{field}.{name}") for name, item in value.items()}
     return [build_objects(item, f"{field}.{place}") for place, item in enumerate(value)] if isinstance(value, (list, tuple)) else value

@@ -44,6 +44,12 @@ class Settings(BaseModel):
         roles = {name: _role_of(field) for name, field in cls.model_fields.items()}
         return [name for name in roles if all(getattr(roles[name], part) == value for part, value in role.items())]
 
+    def is_default(
+        self,
+        name: str,  # of a setting
+    ) -> bool:
+        return getattr(self, name) == type(self).model_fields[name].default
+
 
 def _role_of(field: Any) -> Role:
     return next((part for part in field.metadata if isinstance(part, Role)), Role())

@@ -66,8 +66,8 @@ def _build_data(config: RunConfig) -> LightningDataModule:
     arguments = build_objects(config.data_args, "data_args") | config.passed_to_data
     if not config.has_data_module:
         workers = arguments.pop("num_workers", "auto")
-        shared = {"batch_size": config.batch_size, "seed": config.seed}
-        return DataModule(config.data_class, arguments, num_workers=workers, **shared, **config.loading_functions)
+        shared = config.loading_functions | {"batch_size": config.batch_size, "seed": config.seed}
+        return DataModule(config.data_class, arguments, num_workers=workers, **shared)
     with told("data", config.data):
         data = config.data_class(**arguments)
     if not isinstance(data, LightningDataModule):

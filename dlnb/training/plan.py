@@ -8,6 +8,7 @@ __all__ = ['describe_differences']
 # %% ../../nbs/training/02_plan.ipynb #e939689d
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lightning.pytorch import LightningModule
@@ -63,7 +64,7 @@ class RunPlan:
     def is_from_another_run(self) -> bool:
         return self.start is not None and not self.start.path.is_relative_to(self.record.folder)
 
-    @property
+    @cached_property
     def weights(self) -> Path | None:
         "What the model takes first: those of the settings, or for a checkpoint that leaves out parameters those that it was trained over."
         if self.start is None:

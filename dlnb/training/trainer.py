@@ -68,7 +68,7 @@ def build_trainer(
     callbacks.append(LearningRateMonitor("step"))
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
-        callbacks.append(CheckMonitor(config.monitor, config.monitor == RunConfig.model_fields["monitor"].default))
+        callbacks.append(CheckMonitor(config.monitor, config.is_default("monitor")))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
