@@ -76,11 +76,8 @@ def test_offloaded_training_is_the_same_within_rounding(train, strategy):
 def test_a_finished_run_is_shown_and_not_trained_again(train, launch):
     trained = train("ddp")
     before = (trained.folder / "run.json").read_bytes()
-    notebook, _ = launch(
-        TRAIN,
-        None,
-        **{name: trained.record["settings"][name] for name in ("strategy", "devices", "accelerator", "max_epochs", "root", "optimizer")},
-    )
+    given = ("strategy", "devices", "accelerator", "max_epochs", "lr", "batch_size", "root", "optimizer")
+    notebook, _ = launch(TRAIN, None, **{name: trained.record["settings"][name] for name in given})
     assert "This run has finished" in str(notebook.cells)
     assert (trained.folder / "run.json").read_bytes() == before
 
