@@ -34,9 +34,10 @@ from .tracking.sources import source_hashes
 from .tracking.wandb import wandb_logger
 from .trainer import recorded_end
 from .training.build import build_data, build_model
+from .training.on_ranks import needs_ranks, on_ranks
 from .training.plan import describe_differences
 from .training.start import is_rank_zero, run_lock_held
-from .training.trainer import check_interactive, make_trainer, quiet_lightning
+from .training.trainer import make_trainer, quiet_lightning
 
 # %% ../nbs/08_infer.ipynb #ec610448
 def evaluate(
@@ -70,6 +71,8 @@ def predict(
 def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, predict: bool) -> RunRecord:
     run = one_run(Path(run)) if str(run) else run
     config = inference_config(run, **settings)
+    if needs_ranks(config):
+        return on_ranks(config, _infer, run, split, settings, test, predict)
     model, data, layout = build_model(config), build_data(config), read_layout(config.resume)
     _check_split(config, data, split)
     base = _base(config, model, layout)
@@ -159,7 +162,6 @@ def _evaluation_data(data: LightningDataModule, split: str) -> LightningDataModu
 
 def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None) -> Trainer:
     settings, folder = config.resolved, record.folder
-    check_interactive(settings)
     callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder, base), PredictionWriter(folder)]
     online = wandb_logger(record, config.project(record.mode), config.tags, config.hash)
     trainer = make_trainer(config, folder, callbacks, logger=online or False, enable_checkpointing=False)

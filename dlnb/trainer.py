@@ -24,6 +24,7 @@ from .tracking.kept_source import keep_source
 from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
 from .training.build import build_data, build_model, meanings_kept, with_objects
+from .training.on_ranks import needs_ranks, on_ranks
 from .training.plan import RunPlan, check_fits, check_trainable, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
@@ -53,6 +54,19 @@ def fit(
         log.info(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
         return record
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
+    if needs_ranks(config):
+        return on_ranks(config, _train, config, record, model, data, callbacks)
+    return _train(config, record, model, data, callbacks)
+
+# %% ../nbs/07_trainer.ipynb #cfc7b6aa
+def _train(
+    config: RunConfig,
+    record: RunRecord,
+    model: LightningModule | None,
+    data: LightningDataModule | None,
+    callbacks: Sequence[Callback],
+) -> RunRecord:
+    "Train in this process, as one of the ranks."
     leave_old_store()
     with quiet_lightning(), meanings_kept(model, data), run_lock_held(config, record, "trained", REMEDY):
         plan = plan_run(config, record)

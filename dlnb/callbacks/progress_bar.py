@@ -14,6 +14,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #37c64f74
+def shows_displays() -> bool:
+    "Whether what this process displays is shown in a notebook: it is a kernel, or a rank that sends it to one."
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return getattr(shell, "kernel", None) is not None or getattr(shell, "sends_displays", False)
+
+
 class Line:
     "One line, each in the place of the last one: in a notebook, or in a terminal."
 
@@ -23,11 +31,10 @@ class Line:
     def show(self, text: str) -> None:
         if text == self.text:
             return
-        from IPython import get_ipython
         from IPython.display import display
 
         self.text = text
-        if getattr(get_ipython(), "kernel", None) is None:
+        if not shows_displays():
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         elif self.handle is None:
             self.handle = display({"text/plain": text}, raw=True, display_id=True)
@@ -105,7 +112,4 @@ class NotebookProgressBar(ProgressBar):
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #d433a739
 def progress_bar() -> ProgressBar:
     "The bar that suits where the process shows its output."
-    from IPython import get_ipython
-
-    in_kernel = getattr(get_ipython(), "kernel", None) is not None
-    return NotebookProgressBar() if in_kernel else TQDMProgressBar(leave=True)
+    return NotebookProgressBar() if shows_displays() else TQDMProgressBar(leave=True)

@@ -9,8 +9,10 @@ __all__ = []
 import sys
 
 # %% ../../nbs/launch/06_shell.ipynb #37ab11b4
-def make_shell():
-    "IPython's shell without a terminal: displays nothing, and keeps the last traceback."
+def make_shell(
+    **classes: type,  # what it displays with, as IPython names them
+):
+    "IPython's shell without a terminal: displays nothing, if nothing else is given, and keeps the last traceback."
     from IPython.core.displaypub import DisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
 
@@ -24,7 +26,8 @@ def make_shell():
             self.failure = {"ename": etype.__name__, "evalue": str(evalue), "traceback": stb}
 
     # Formatting a figure for nobody costs time.
-    shell = RankShell.instance(display_pub_class=SilentPublisher)
+    shell = RankShell.instance(**{"display_pub_class": SilentPublisher} | classes)
+    shell.history_manager.enabled = False  # nothing of a rank goes into the user's history
     shell.display_formatter.active_types = ["text/plain"]
     report_interrupts(shell)
     leave_interactive(sys.argv[0])

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/settings/04_devices.ipynb #af87b347
 import os
 import re
-import sys
 from typing import Any
 
 # %% ../../nbs/settings/04_devices.ipynb #e23a29a0
@@ -49,8 +48,6 @@ def count_devices(accelerator: str, devices: int | str | list[int]) -> int:
     available = AcceleratorRegistry[accelerator]["accelerator"]
     if not available.is_available():
         raise ValueError(f"accelerator={accelerator!r} is not available on this machine. Use 'auto' or 'cpu'.")
-    if devices == "auto" and accelerator == "cuda" and hasattr(sys, "ps1"):
-        return 1  # an interactive kernel is one process; papermill and dlnb.engine start the others
     if devices in ("auto", -1):
         return available.auto_device_count()
     if accelerator != "cpu":

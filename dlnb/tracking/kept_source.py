@@ -27,10 +27,15 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(item)
 
 
+def notebook_names(config: RunConfig) -> list[str]:
+    "What the settings name in the running notebook."
+    texts = _texts([getattr(config, place) for place in _PLACES])
+    return sorted({text.removeprefix(NOTEBOOK) for text in texts if text.startswith(NOTEBOOK)})
+
+
 def kept_source(config: RunConfig) -> str:
     "The source of what the settings name in the running notebook; empty where they name nothing there."
-    texts = _texts([getattr(config, place) for place in _PLACES])
-    names = sorted({text.removeprefix(NOTEBOOK) for text in texts if text.startswith(NOTEBOOK)})
+    names = notebook_names(config)
     return needed_source("__main__", names) if names else ""
 
 # %% ../../nbs/tracking/10_kept_source.ipynb #03588cf3

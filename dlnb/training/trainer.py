@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/training/03_trainer.ipynb #889993ad
 import logging
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def build_trainer(
     "A Trainer for the settings. Raises `ValueError` where this process cannot run them."
     config, record = plan.config, plan.record
     settings, folder = config.resolved, record.folder
-    check_interactive(settings)
     recorder = RunRecorder(record, config)
     callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
     callbacks.append(LearningRateMonitor("step"))
@@ -146,15 +144,6 @@ def _trainer_strategy(config: RunConfig) -> Any:
     if settings.strategy == "single_device" and not config.strategy_args:
         return "auto"
     return build_strategy(settings.strategy, settings.accelerator, **config.strategy_args)
-
-
-def check_interactive(settings: RunConfig) -> None:
-    "A kernel that was started by hand is one process; Lightning refuses other strategies there, without a way out."
-    if hasattr(sys, "ps1") and settings.strategy != "single_device":
-        raise ValueError(
-            f"strategy={settings.strategy!r} on {settings.world_size} rank(s) needs a process a rank, and this kernel is one "
-            "process. Run the notebook with papermill --engine dlnb, or dlnb.engine.launch(NOTEBOOK, ...) from any cell."
-        )
 
 # %% ../../nbs/training/03_trainer.ipynb #27684d06
 @contextmanager
