@@ -103,13 +103,19 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
         super().setup(trainer)
 
 # %% ../nbs/04_strategy.ipynb #9101bef2
+def prepare_deepspeed(device: str) -> None:
+    "Import DeepSpeed for a device; on a CPU without the operator that it would compile to talk to ranks of the same machine, for minutes."
+    import_deepspeed(device)
+    if device == "cpu":
+        backend: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+        backend.build_shm_op = lambda: None
+
+
 class CPUDeepSpeedStrategy(OneDivisionDeepSpeedStrategy):
     "Lightning's `DeepSpeedStrategy` on CPU ranks: the same ZeRO, over gloo, so that it can be debugged without a GPU."
 
     def __init__(self, **options):
-        import_deepspeed("cpu")
-        backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
-        backend.build_shm_op = lambda: None
+        prepare_deepspeed("cpu")
         super().__init__(**options)
 
     @property

@@ -20,7 +20,7 @@ from .space import Space, read_space
 from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
-from .trial_ranks import Share
+from ..session.place import Share
 from ..system.processes import usable_cores
 from ..tracking.kept_source import given_source, keep_source
 from ..tracking.sources import source_hashes

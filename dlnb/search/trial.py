@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from ..config import RunConfig
-from .trial_ranks import GRACE, Outcome, Report, Share, TrialRanks
+from .trial_ranks import GRACE, Outcome, Report, TrialRanks
+from ..session.place import Share
 from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/search/05_trial.ipynb #6092ecbc
@@ -31,7 +32,7 @@ def run_trial(
     _forget_progress(folder)
     try:
         ranks.start(config, folder, share, group, checkpoints)
-        while len(ranks.outcomes) < len(ranks.processes):
+        while not ranks.has_ended:
             ranks.listen(0.2, report)
             if ranks.failure:
                 ranks.listen(GRACE, report)

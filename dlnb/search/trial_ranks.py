@@ -6,22 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #f5f52ca9
-import os
-import signal
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import connection, get_context, get_start_method, parent_process, set_start_method
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import RunConfig
-from ..launch.rank import redirect_output
-from ..system.job import JOB
-from ..system.processes import describe_exit, usable_cores
-from ..system.progress import PROGRESS
+from ..session.place import Place, Share
+from ..session.processes import Died, RankProcesses
+from ..training.on_ranks import preloaded
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #998c50bd
 GRACE = 0.5  # seconds for the other ranks to tell of a failure too, after the first one has
@@ -34,66 +27,9 @@ class Outcome(NamedTuple):
     state: Literal["finished", "pruned", "failed", "stopped"]
     error: str | None = None  # the failing rank's traceback, or what else happened
 
-
-class Share(NamedTuple):
-    "What of the machine a trial's ranks may use."
-
-    devices: str | None = None  # what CUDA_VISIBLE_DEVICES shall say; None leaves it
-    cores: tuple[int, ...] = ()  # for computing and loading; none for all
-
-# %% ../../nbs/search/04_trial_ranks.ipynb #66bd725e
-def _watch_parent() -> None:
-    "End this rank, and what loads its data, when the process that runs the search has died."
-    parent_process().join()
-    os.killpg(0, signal.SIGKILL)
-
-
-NOT_FOR_RANKS = (  # what other launchers say of this process; and its W&B process, to which a killed rank would leave its run
-    JOB,
-    *("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID"),
-    "WANDB_SERVICE",
-)
-
-
-class _Place(NamedTuple):
-    "All that makes a process one of a trial's ranks."
-
-    rank: int
-    environment: dict[str, str]
-    start_method: str  # of its own children, the loading processes
-    cores: tuple[int, ...]
-    folder: Path
-
-# %% ../../nbs/search/04_trial_ranks.ipynb #34cacefe
-def _rank_environment(rank: int, port: int, devices: str | None) -> dict[str, str]:
-    "This process's environment, as a launcher would make it for a rank."
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # No rank serves the store.
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
-
-
-def _become(place: _Place, world_size: int) -> None:
-    "Make this process, which the server was forked into, a rank."
-    import torch
-
-    os.setpgid(0, 0)  # with its loading processes it can be ended as one
-    threading.Thread(target=_watch_parent, daemon=True).start()
-    os.environ.clear()
-    os.environ |= place.environment | {PROGRESS: str(place.folder)}  # the server's is as old as the server
-    set_start_method(place.start_method, force=True)  # its children would take seconds to start as it did
-    if place.cores:
-        os.sched_setaffinity(0, place.cores)
-    threads = os.environ.get("OMP_NUM_THREADS") or len(usable_cores()) // world_size
-    torch.set_num_threads(max(1, int(threads)))
-    redirect_output(place.folder / f"rank-{place.rank}.log")
-
 # %% ../../nbs/search/04_trial_ranks.ipynb #542360ba
-def _run_rank(settings: dict[str, Any], place: _Place, group: str, checkpoints: bool, channel: Any) -> None:
+def _run_trial(place: Place, channel: Any, settings: dict[str, Any], group: str, checkpoints: bool) -> None:
     "What a rank's process does."
-    config = RunConfig(**settings)
-    _become(place, config.world_size)
     from dlnb.callbacks.pruning import ReportProgress
     from dlnb.errors import Pruned
     from dlnb.trainer import fit_trial
@@ -103,85 +39,42 @@ def _run_rank(settings: dict[str, Any], place: _Place, group: str, checkpoints: 
         return channel.recv()
 
     try:
+        config = RunConfig(**settings)
         fit_trial(config, place.folder, ReportProgress(config.monitor, report), group, checkpoints)
         channel.send(("end", Outcome("finished")))
     except Pruned:
         channel.send(("end", Outcome("pruned")))
     except BaseException:
         channel.send(("end", Outcome("failed", f"rank {place.rank}: {traceback.format_exc()}")))
-    finally:
-        _leave()
-
-# %% ../../nbs/search/04_trial_ranks.ipynb #02dea36a
-def _leave() -> None:
-    "Without the interpreter's end, which may wait for what a failed collective left behind."
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)
-
-# %% ../../nbs/search/04_trial_ranks.ipynb #c73b6142
-_starting = threading.Lock()
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    "Else multiprocessing runs the script that searches once more in each rank, as `__mp_main__`; they need nothing of it."
-    main: dict[str, Any] = vars(sys.modules["__main__"])
-    with _starting:
-        kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
-        main |= dict.fromkeys(kept)
-        try:
-            yield
-        finally:
-            main |= kept
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #663ff22e
 class TrialRanks:
-    "The processes of one trial."
+    "The ranks of one trial, and how each has ended."
 
     def __init__(self) -> None:
-        self.processes, self.channels = [], []
+        self.processes = RankProcesses()
         self.outcomes: dict[int, Outcome] = {}
 
     def start(self, config: RunConfig, folder: Path, share: Share, group: str, checkpoints: bool) -> None:
-        from torch.distributed import TCPStore
-
-        context = get_context("forkserver")
-        # The ranks meet at a store that is here already: a port that rank 0 finds free may be taken before it serves there.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
-        context.set_forkserver_preload(["dlnb.trainer", *(["deepspeed"] if "deepspeed" in config.strategy else [])])
-        for rank in range(config.world_size):
-            ours, theirs = context.Pipe()
-            environment = _rank_environment(rank, self.store.port, share.devices)
-            place = _Place(rank, environment, get_start_method(), share.cores, folder)
-            arguments = (config.model_dump(), place, group, checkpoints, theirs)
-            process = context.Process(target=_run_rank, args=arguments, name=f"rank-{rank}")
-            with _without_main():
-                process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.channels.append(ours)
+        arguments = (config.model_dump(), group, checkpoints)
+        self.processes.start(config.world_size, _run_trial, arguments, folder, share, preloaded(config))
 
     def listen(self, seconds: float, report: Report) -> None:
         "Take what the ranks say within that time."
-        waiting = {channel: rank for rank, channel in enumerate(self.channels) if rank not in self.outcomes}
-        ready: list[Any] = connection.wait(list(waiting), seconds)
-        for channel in ready:
-            rank = waiting[channel]
-            try:
-                kind, content = channel.recv()
-            except (EOFError, OSError):  # it died without a word
-                self.processes[rank].join(5)
-                code = self.processes[rank].exitcode
-                self.outcomes[rank] = Outcome("failed", f"rank {rank}: its process {describe_exit(code)}")
+        running = set(range(len(self.processes.processes))) - self.outcomes.keys()
+        for rank, message in self.processes.receive(seconds, running):
+            if isinstance(message, Died):
+                self.outcomes[rank] = Outcome("failed", f"rank {rank}: {message.how}")
                 continue
+            kind, content = message
             if kind == "end":
                 self.outcomes[rank] = content
-                continue
-            answer = report(*content)
-            with suppress(OSError):  # it has died meanwhile, which will be seen the next time
-                channel.send(answer)
+            else:
+                self.processes.send(rank, report(*content))
+
+    @property
+    def has_ended(self) -> bool:
+        return len(self.outcomes) == len(self.processes.processes)
 
     @property
     def failure(self) -> Outcome | None:
@@ -189,11 +82,4 @@ class TrialRanks:
         return next((outcome for outcome in self.outcomes.values() if outcome.state == "failed"), None)
 
     def end(self) -> None:
-        "End all of them, and what loads their data."
-        for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)  # it may not have a group yet
-            process.join()
-            process.close()
+        self.processes.end()

@@ -8,7 +8,11 @@ __all__ = []
 # %% ../../nbs/session/00_place.ipynb #0067ab20
 import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from multiprocessing import parent_process, set_start_method
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +50,19 @@ NOT_FOR_RANKS = (  # what other launchers say of this process; and its W&B proce
 
 def rank_environment(
     rank: int,
+    world_size: int,
     port: int,  # of the store, on this machine
     devices: str | None = None,  # what CUDA_VISIBLE_DEVICES shall say; None leaves it
 ) -> dict[str, str]:
     "This process's environment, as a launcher would make it for a rank."
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
-    environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     # No rank serves the store.
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return environment | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
@@ -77,3 +88,32 @@ def become(place: Place) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or len(usable_cores()) // place.world_size
     torch.set_num_threads(max(1, int(threads)))
     redirect_output(place.folder / f"rank-{place.rank}.log")
+
+# %% ../../nbs/session/00_place.ipynb #39bd116d
+def leave_process_group(
+    port: int,  # of the store for the next one
+    is_served: bool,  # by somebody else than rank 0
+) -> None:
+    "End the process group, where there is one, and say where the next one meets."
+    distributed, deepspeed = sys.modules.get("torch.distributed"), sys.modules.get("deepspeed")
+    if distributed and distributed.is_initialized():
+        of_deepspeed = deepspeed is not None and deepspeed.comm.is_initialized()
+        (deepspeed.comm if of_deepspeed else distributed).destroy_process_group()
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(is_served)}
+
+# %% ../../nbs/session/00_place.ipynb #221fd63d
+def close_connections(
+    pids: Iterable[int],  # of the other ranks
+) -> int:  # how many there were
+    "Close this process's connections to others of this machine."
+    import psutil
+
+    ends = set()
+    for pid in pids:
+        with suppress(psutil.Error):
+            ends |= {connection.laddr for connection in psutil.Process(pid).net_connections("tcp")}
+    to_others = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED and c.raddr in ends]
+    for connection in to_others:
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as end:
+            end.shutdown(socket.SHUT_RDWR)
+    return len(to_others)

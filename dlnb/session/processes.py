@@ -46,6 +46,10 @@ def _without_main() -> Iterator[None]:
             main |= kept
 
 # %% ../../nbs/session/01_processes.ipynb #b529fb90
+# What a rank needs before its first step, and to show its first traceback.
+PRELOAD = ("dlnb.trainer", "dlnb.session.serve", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
+
+
 class Died(NamedTuple):
     "The message of a rank whose process is gone."
 
@@ -56,8 +60,15 @@ class RankProcesses:
     "One process a rank, each with a channel to this one."
 
     def __init__(self) -> None:
-        self.processes, self.channels = [], []
+        self.processes, self.channels, self.stores = [], [], []
         self.gone: set[int] = set()
+
+    def open_store(self) -> int:
+        "Serve a new store for the ranks to meet in, and return its port."
+        from torch.distributed import TCPStore
+
+        self.stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        return self.stores[-1].port
 
     def start(
         self,
@@ -69,15 +80,12 @@ class RankProcesses:
         preload: tuple[str, ...] = (),  # modules that the server imports, if it is not there already
     ) -> None:
         "Start all ranks."
-        from torch.distributed import TCPStore
-
-        context = get_context("forkserver")
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context, port = get_context("forkserver"), self.open_store()
         # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
-        context.set_forkserver_preload(["dlnb.trainer", *preload])
+        context.set_forkserver_preload([*PRELOAD, *preload])
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            environment = rank_environment(rank, self.store.port, share.devices)
+            environment = rank_environment(rank, world_size, port, share.devices)
             place = Place(rank, world_size, environment, get_start_method(), share.cores, folder)
             process = context.Process(target=_run, args=(function, place, theirs, arguments), name=f"rank-{rank}")
             with _without_main():
@@ -122,4 +130,4 @@ class RankProcesses:
                 os.kill(process.pid, signal.SIGKILL)  # it may not have a group yet
             process.join()
             process.close()
-        self.processes, self.channels = [], []
+        self.processes, self.channels, self.stores = [], [], []

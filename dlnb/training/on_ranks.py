@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/training/05_on_ranks.ipynb #bba2a695
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..config import RunConfig
+from ..config import Hardware, RunConfig
 from ..errors import Preempted
 from ..session.serve import dumped
 from ..session.session import Session
@@ -31,6 +32,15 @@ def needs_ranks(config: RunConfig) -> bool:
     return True
 
 # %% ../../nbs/training/05_on_ranks.ipynb #991364fc
+def preloaded(hardware: Hardware) -> tuple[str, ...]:
+    "The modules that the server of the ranks imports for these settings. DeepSpeed is bound to the accelerator where it is imported."
+    settings = hardware.resolved
+    if "deepspeed" not in settings.strategy:
+        return ()
+    os.environ["DS_ACCELERATOR"] = settings.accelerator
+    return ("deepspeed",)
+
+
 def interrupted(stopped: Preempted) -> KeyboardInterrupt:
     "What the cell raises, and shows in one line, when all ranks have saved and stopped."
     error = KeyboardInterrupt(f"The interrupt {str(stopped).partition(' ')[2]}")  # in place of the signal's name
@@ -43,8 +53,7 @@ def on_ranks(config: RunConfig, function: Callable, *arguments: Any) -> Any:
     main = vars(sys.modules["__main__"])
     defined = {name: main[name] for name in notebook_names(config) if name in main}
     content = dumped((function, arguments, {}))  # what cannot be pickled fails before a rank is started
-    preload = ("deepspeed",) if "deepspeed" in config.resolved.strategy else ()
-    with Session(config.world_size, preload=preload) as session:
+    with Session(config.world_size, preload=preloaded(config)) as session:
         session.request("define", dumped(defined), list(main.get("In", [])))
         try:
             return session.value("call", content)[0]

@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../../nbs/training/04_process_group.ipynb #02ed555b
 import os
-import sys
 import time
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.distributed import TCPStore
 
+from ..session.place import leave_process_group
 from ..system.lock import Watch
 from ..tracking.record import RunRecord
 
@@ -38,9 +38,7 @@ def leave_group() -> None:
     port = [find_free_network_port()]
     distributed.broadcast_object_list(port)
     distributed.barrier()
-    deepspeed = sys.modules.get("deepspeed")
-    (deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else distributed).destroy_process_group()
-    os.environ |= {"MASTER_PORT": str(port[0]), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # rank 0's own, not torchrun's
+    leave_process_group(port[0], is_served=False)  # rank 0 serves it, not torchrun
 
 
 def await_end(record: RunRecord) -> RunRecord:
