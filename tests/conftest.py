@@ -43,6 +43,8 @@ FAST = ("bad_records config consolidate data examples foreign_files internals pr
 
 # Files whose tests share nothing: each goes to whichever worker is free. Those of another file share trained runs and stay together.
 SPREAD = ("test_notebooks", "test_hangs", "test_restart", "test_engine")
+# Files that share the runs of the fixture `train`.
+SHARED = ("test_conformance", "test_infer")
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -51,6 +53,8 @@ def pytest_xdist_make_scheduler(config, log):
     class FilesOrTests(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if Path(file).stem in SHARED:
+                return "trained"
             return nodeid if Path(file).stem in SPREAD else file
 
     return FilesOrTests(config, log) if config.getvalue("dist") == "loadfile" else None

@@ -264,8 +264,6 @@ trainer.fit(Model())
 
 CAUSES = [
     ("rank == 1 and sys.exit(3)", ("[rank 1] 3", "SystemExit", "sys.exit(3)")),
-]
-MORE_CAUSES = [
     ("rank == 1 and sys.exit(0)", ("[rank 1]", "sys.exit(0)")),
     ("rank == 1 and signal.raise_signal(signal.SIGINT)", ("[rank 1]", "KeyboardInterrupt")),
     ("rank == 1 and os._exit(3)", ("[rank 1]", "exited with code 3")),
@@ -277,10 +275,10 @@ MORE_CAUSES = [
     ("rank == 0 and signal.raise_signal(signal.SIGINT)", ("KeyboardInterrupt",)),
     ("rank == 1 and os.kill(os.getpid(), signal.SIGKILL)", ("[rank 1]", "SIGKILL")),
 ]
-SOAKED = [pytest.param(*cause, marks=pytest.mark.soak) for cause in MORE_CAUSES]
 
 
-@pytest.mark.parametrize("step, told", [*CAUSES, *SOAKED])
+@pytest.mark.soak
+@pytest.mark.parametrize("step, told", CAUSES)
 def test_the_cause_stands_before_what_follows_from_it(papermill, tmp_path, step, told):
     job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", FIT.replace("{step}", step)), devices=2)
     assert job.wait() == 1, job.log.read_text()[-2000:]
@@ -334,7 +332,8 @@ def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training,
 TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")  # every rank has its own papermill, and sees only itself
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.soak)], ids=["Lightning", "torchrun"])
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["Lightning", "torchrun"])
 def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path, launcher):
     step = "if self.trainer.global_rank == 1 and self.trainer.global_step == 5: __import__('threading').Event().wait()"
     job = training(step, launcher, max_epochs=500, progress_timeout=15)

@@ -21,7 +21,7 @@ CaptureShell(sys.argv[1]).run_all(read_nb(sys.argv[1]), exc_stop=True)
 """
 IN_KERNEL = "from nbclient.cli import main; main()"
 OF_CELLS = ("02_sources", "03_fingerprint", "10_kept_source")  # they look at what a kernel's cells define
-LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial")  # half a minute each
+LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial", "index")  # half a minute each, and more
 COLD = ("04_strategy", "06_lock", "07_progress")  # they look at what a process imports, and stop processes by their ids
 
 

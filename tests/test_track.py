@@ -307,6 +307,7 @@ def unreachable(tmp_path, address: str) -> tuple[str, dict]:
     return done.stdout + done.stderr, read_records(tmp_path)[0].wandb
 
 
+@pytest.mark.soak
 def test_a_server_that_cannot_be_reached_leaves_the_run_offline(tmp_path):
     written, wandb = unreachable(tmp_path, "http://127.0.0.1:9")
     assert "W&B is offline for this run: Failed to authenticate" in written and "To send this run: wandb sync" in written
