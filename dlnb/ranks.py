@@ -121,9 +121,10 @@ class RankMagics:
         return self.ranks if line.strip() == "" else None
 
     def start(self, given: Any) -> None:
+        settings = Hardware(devices=given.devices, strategy=given.strategy, accelerator=given.accelerator).resolved  # or they stay
         if self.ranks:
             self.ranks.stop()
-        self.ranks = Ranks(given.devices, given.strategy, given.accelerator)
+        self.ranks = Ranks(settings.devices, settings.strategy, settings.accelerator)
         self.shell.user_ns["ranks"] = self.ranks
 
     def started(self) -> Ranks:

@@ -110,7 +110,7 @@ def test_every_package_that_is_imported_is_required():
     names = (
         {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipython"}
         | dict.fromkeys(["traitlets", "jupyter_core", "nbformat", "zmq"], "nbclient")
-        | {"click": "papermill"}
+        | {"click": "papermill", "comm": "ipykernel"}
     )
     imported = set()
     for module in MODULES:

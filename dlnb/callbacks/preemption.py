@@ -9,6 +9,7 @@ __all__ = []
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -105,7 +106,7 @@ class StopTogether(Callback):
     def __init__(self) -> None:
         self.received = 0  # the signal's number
         self.agreement: Agreement | None = None
-        self.handler_before: Any = None
+        self.handlers_before: dict[int, Any] = {}
         self.is_over = RawValue("b", 0)  # shared with loading processes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,12 +116,17 @@ class StopTogether(Callback):
         self.is_over.value = 0
         process_loaders(trainer, partial(_with_patient_workers, is_over=self.is_over))
         handle_signals_by(trainer, self.receive)
-        self.handler_before = signal.signal(signal.SIGUSR1, self.receive)
+        asking = (
+            (signal.SIGUSR1, signal.SIGINT) if hasattr(sys, "ps1") else (signal.SIGUSR1,)
+        )  # the Stop button of a kernel that trains itself
+        self.handlers_before = {number: signal.signal(number, self.receive) for number in asking}
 
     def receive(self, number: int, frame: Any) -> None:
         "The signals' handler."
         self.received = number
         announce_stop()
+        if number == signal.SIGINT:  # the next one ends it at once
+            signal.signal(number, self.handlers_before[number])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.agreement = Agreement(trainer.global_step, trainer.world_size)
@@ -140,9 +146,9 @@ class StopTogether(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.is_over.value = 1
-        if self.handler_before is not None:
-            signal.signal(signal.SIGUSR1, self.handler_before)
-            self.handler_before = None
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        self.handlers_before = {}
 
 
 def save_last(trainer: Trainer) -> str:

@@ -22,6 +22,8 @@ def make_shell(
     class RankShell(InteractiveShell):
         failure: dict | None = None
 
+        def enable_gui(self, gui=None) -> None: ...  # `%matplotlib inline` asks for it
+
         def _showtraceback(self, etype, evalue, stb) -> None:
             self.failure = {"ename": etype.__name__, "evalue": str(evalue), "traceback": stb}
 

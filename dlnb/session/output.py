@@ -63,7 +63,7 @@ def publish(data: dict, metadata: dict, transient: dict, update: bool) -> None:
     if shell is not None:
         shell.display_pub.publish(data, metadata, transient=transient, update=update)
     elif not update:
-        print(data.get("text/plain", ""))
+        sys.stdout.write(f"{data.get('text/plain', '')}\n")
 
 
 def clear(wait: bool) -> None:

@@ -1,0 +1,233 @@
+"""Cells on ranks, and trainings that a kernel starts: real kernels, real ranks, real interrupts."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from kernels import Kernel
+from safetensors.torch import load_file
+from warm import warm_python
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def warm(environment):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python())
+        yield
+
+
+@pytest.fixture(scope="module")
+def kernel(warm, tmp_path_factory):
+    "One kernel for all tests of this file that leave it as it is."
+    kernel = Kernel(tmp_path_factory.mktemp("kernel"))
+    kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
+    yield kernel
+    assert kernel.end() == []
+
+
+GROUP = """%%ranks
+import torch
+from torch import distributed
+distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+"""
+
+
+@pytest.fixture
+def group(kernel):
+    "The ranks have a process group."
+    assert kernel.run(GROUP).error == ""
+    yield kernel
+    kernel.run("%%ranks\nif distributed.is_initialized(): distributed.destroy_process_group()")
+
+
+def test_a_cell_runs_on_all_ranks_and_shows_what_each_prints(kernel):
+    shown = kernel.run("%%ranks\nprint('rank', rank, 'of', world_size)\n10 + rank")
+    assert shown.error == "" and shown.value == "10"
+    assert sorted(shown.text.split("\n")) == ["", "[rank 1] 11", "[rank 1] rank 1 of 2", "rank 0 of 2"]
+
+
+def test_a_cell_runs_on_one_rank(kernel):
+    assert kernel.run("%%ranks 1\nprint(rank)").text == "[rank 1] 1\n"
+
+
+def test_values_come_back_one_per_rank_and_go_there(kernel):
+    kernel.run("ranks['scale'] = 3")
+    kernel.run("%%ranks\nimport torch\npart = torch.full((2,), scale * (rank + 1.0), dtype=torch.bfloat16)")
+    assert kernel.run("ranks['part']").value.count("dtype=torch.bfloat16") == 2
+    assert kernel.run("[part.tolist() for part in ranks['part']]").value == "[[3.0, 3.0], [6.0, 6.0]]"
+
+
+def test_a_class_of_the_notebook_goes_to_the_ranks_and_back(kernel):
+    kernel.run("class Point:\n    def __init__(self, x): self.x = x")
+    kernel.run("ranks['point'] = Point(7)")
+    assert kernel.run("ranks['point.x']").value == "[7, 7]"
+
+
+def test_figures_and_widgets_of_rank_0_show(kernel):
+    shown = kernel.run("%%ranks\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()")
+    assert [sorted(display) for display in shown.displays] == [["image/png", "text/plain"]]
+    shown = kernel.run("%%ranks 0\nimport ipywidgets\nslider = ipywidgets.IntSlider(3)\nslider")
+    assert "application/vnd.jupyter.widget-view+json" in shown.displays[-1]
+
+
+def test_a_widget_that_is_moved_in_the_page_moves_on_the_rank(kernel):
+    shown = kernel.run("%%ranks 0\nimport ipywidgets\nslider = ipywidgets.IntSlider(3)\nslider")
+    comm_id = shown.displays[-1]["application/vnd.jupyter.widget-view+json"]["model_id"]
+    update = {"method": "update", "state": {"value": 8}, "buffer_paths": []}
+    kernel.client.shell_channel.send(kernel.client.session.msg("comm_msg", {"comm_id": comm_id, "data": update}))
+    assert kernel.run("%%ranks 0\nslider.value").value == "8"
+
+
+def test_the_failing_ranks_traceback_is_the_cells_and_the_other_one_does_not_wait(group):
+    shown = group.run("%%ranks\nif rank == 1:\n    lr = 1 / 0\ndistributed.barrier()")
+    assert shown.error.startswith("ZeroDivisionError: division by zero") and "[rank 1]" in shown.error
+    assert "lr = 1 / 0" in shown.error and "session.py" not in shown.error
+    assert group.run("ranks['rank']").value == "[0, 1]"
+
+
+def test_an_interrupt_reaches_ranks_that_wait_for_each_other_and_leaves_them_alive(group):
+    cell = "%%ranks\nprint('begun', flush=True)\nwhile True:\n    distributed.all_reduce(torch.ones(1))"
+    shown = group.run(cell, interrupt_after="begun")
+    assert shown.error.startswith("KeyboardInterrupt")
+    assert group.run("ranks['rank']").value == "[0, 1]"
+    assert group.run(GROUP).error == ""  # they meet again
+
+
+def test_a_model_of_the_ranks_that_holds_the_process_group_does_not_keep_the_others_waiting(group):
+    group.run("%%ranks\nddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))")
+    shown = group.run("%%ranks\nif rank == 0:\n    raise KeyError('gone')\nddp(torch.ones(1, 2)).sum().backward()")
+    assert shown.error.startswith("KeyError") and "[rank 0]" in shown.error
+    assert group.run("ranks['rank']").value == "[0, 1]"
+
+
+def test_the_debugger_of_a_failed_rank_is_asked_in_the_cell(kernel):
+    kernel.run("%%ranks 1\nsecret = 41\nsecret / 0")
+    answers = iter(["p secret + 1", "q"])
+    kernel.run("import builtins\nasked = []")
+    kernel.run(f"given = iter({list(answers)!r})\nget_ipython().kernel.raw_input = lambda prompt='': asked.append(prompt) or next(given)")
+    kernel.run("builtins.input, before = get_ipython().kernel.raw_input, builtins.input")
+    shown = kernel.run("%ranks --debug 1")
+    kernel.run("builtins.input = before")
+    assert "42" in shown.text and kernel.run("asked[0]").value == "'[rank 1] ipdb> '"
+
+
+def test_every_cell_goes_to_the_ranks_once_that_is_asked_for(kernel):
+    kernel.run("%ranks --auto")
+    assert "[rank 1] 1" in kernel.run("here = rank\nhere").text
+    kernel.run("%ranks --manual")
+    assert kernel.run("here").error.startswith("NameError")
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("%ranks 0", "devices=0 must be a number from 1 on"),
+        ("%ranks 2 --strategy dpp", "Did you mean 'ddp'?"),
+        ("%ranks two", "devices='two'"),
+        ("%ranks --debug 7", "%ranks --debug='7' is not known. Choices: 0, 1."),
+        ("%ranks 2 --fast", "unrecognized arguments: --fast"),
+        ("%%ranks 2\n1", "%%ranks='2' is not known. Choices: 0, 1."),
+    ],
+)
+def test_what_is_not_known_is_said_and_the_ranks_are_still_there(kernel, line, told):
+    before = kernel.run("len(ranks)").value
+    assert told in kernel.run(line).error
+    assert kernel.run("len(ranks)").value == before == "2"
+    assert kernel.run("ranks['rank']").value == "[0, 1]"
+
+
+FIT = """
+from dlnb.config import RunConfig
+from dlnb.examples import DigitsNet
+from dlnb.infer import evaluate
+from dlnb.trainer import fit
+
+class Net(DigitsNet):
+    pass
+
+task = dict(model="__main__:Net", data="dlnb.examples:Digits", accelerator="cpu", devices=2, max_epochs=2, wandb="disabled", optimizer="AdamW")
+task |= dict(root="runs")
+"""
+
+
+@pytest.fixture(scope="module")
+def trainer(warm, tmp_path_factory):
+    kernel = Kernel(folder := tmp_path_factory.mktemp("trainer"))
+    assert kernel.run(FIT).error == ""
+    kernel.folder = folder
+    yield kernel
+    assert kernel.end() == []
+
+
+def weights(kernel, expression: str) -> dict:
+    return load_file(kernel.folder / Path(kernel.run(f"print({expression}.folder)").text.strip()) / "model.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+def test_fit_in_a_kernel_trains_on_ranks_as_a_batch_job_does(trainer, strategy, launch, tmp_path):
+    shown = trainer.run(f"record = fit(RunConfig(**task, strategy={strategy!r}))\nrecord.resolved['world_size'], record.status")
+    assert shown.error == "" and shown.value == "(2, 'finished')"
+    assert any("epoch 2/2" in display.get("text/plain", "") for display in shown.displays)
+    cells = [FIT, f"devices = 2\nrecord = fit(RunConfig(**task | dict(root={str(tmp_path / 'batch')!r}), strategy={strategy!r}))"]
+    from conftest import write_notebook
+
+    _, folder = launch(write_notebook(tmp_path / "in.ipynb", "unused = 1", *cells))
+    batch, live = load_file(folder / "model.safetensors"), weights(trainer, "record")
+    assert batch.keys() == live.keys() and all(batch[name].numpy().tobytes() == live[name].numpy().tobytes() for name in batch)
+    assert folder.name == Path(trainer.run("print(record.folder)").text.strip()).name  # the same run, by its name and hash
+
+
+def test_evaluate_in_a_kernel_works_on_ranks(trainer):
+    trainer.run("record = fit(RunConfig(**task, strategy='ddp'))")
+    shown = trainer.run(
+        "evaluate(record.folder, predictions=True, accelerator='cpu', devices=2, strategy='ddp', root='runs').metrics['samples']"
+    )
+    assert (shown.error, shown.value) == ("", "269")
+
+
+def test_the_stop_button_saves_and_the_same_cell_resumes_to_the_same_bytes(trainer):
+    fit = "record = fit(RunConfig(**task | dict(max_epochs=6), strategy='ddp', name={!r}))"
+    trainer.run(fit.format("whole"))
+    stopped = trainer.run(fit.format("stopped"), interrupt_after="epoch 2/6")
+    assert stopped.error.startswith("KeyboardInterrupt: The interrupt stopped all ranks after") and "it is saved" in stopped.error
+    expected = weights(trainer, "record")
+    trainer.run("before = record")
+    assert trainer.run(fit.format("stopped")).error == ""
+    assert trainer.run("record.attempts, record.epoch").value == "(2, 6)"
+    found = weights(trainer, "record")
+    assert all(found[name].numpy().tobytes() == expected[name].numpy().tobytes() for name in expected)
+
+
+def test_an_exception_of_a_rank_is_raised_in_the_kernel_whose_variables_survive(trainer):
+    trainer.run(
+        "class Broken(DigitsNet):\n    def training_step(self, batch, index):\n        raise ValueError(f'rank {self.global_rank} is out of luck')"
+    )
+    shown = trainer.run(
+        "kept = 5\ntry:\n    fit(RunConfig(**task | dict(model='__main__:Broken')))\nexcept ValueError as error:\n    print(kept, error)"
+    )
+    assert shown.error == "" and "5 rank" in shown.text and "is out of luck" in shown.text
+
+
+def test_a_killed_rank_is_told_by_its_signal_and_the_kernel_goes_on(warm, tmp_path):
+    kernel = Kernel(tmp_path)
+    kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
+    shown = kernel.run("%%ranks\nimport os, signal, time\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", timeout=30)
+    assert "RankDied" in shown.error and "killed by SIGKILL" in shown.error
+    assert "have ended" in kernel.run("%%ranks\n1").error
+    kernel.run("%ranks 2 --accelerator cpu")
+    assert kernel.run("ranks['rank']").value == "[0, 1]"
+    assert kernel.end() == []
+
+
+def test_the_ranks_end_with_their_kernel(warm, tmp_path):
+    kernel = Kernel(tmp_path)
+    kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
+    kernel.run("import subprocess")
+    pids = json.loads(kernel.run("%%ranks\nimport os\npid = os.getpid()").text or "[]") or eval(kernel.run("ranks['pid']").value)
+    os.kill(kernel.process.pid, signal.SIGKILL)
+    assert kernel.end() == [] and len(pids) == 2
