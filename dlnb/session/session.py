@@ -28,6 +28,8 @@ from ..system.progress import ProgressWatch, collect_stacks
 # %% ../../nbs/session/06_session.ipynb #e57ee769
 RESCUE = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
 PATIENCE = 6.0  # seconds for them to answer after that; then they are ended
+DEATH_PATIENCE = 3.0  # the same where a rank has died: there is no going on without it
+WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
 
 
 class Answers:
@@ -55,7 +57,8 @@ class Answers:
     @property
     def cause(self) -> tuple[Rank, bytes | None] | None:
         "The failure that the others follow from."
-        cause = find_cause([failure for failure, _ in self.failures])
+        told = [failure for failure, _ in self.failures if failure.ename != WAITS]  # who only waited is to blame where nobody else is
+        cause = find_cause(told or [failure for failure, _ in self.failures])
         return next((pair for pair in self.failures if pair[0] is cause), None)
 
 # %% ../../nbs/session/06_session.ipynb #1bec1655
@@ -159,7 +162,7 @@ class WatchedExchange(Exchange):
     def rescue(self) -> None:
         "Have the ranks that have answered leave the process group, and later give the others up."
         self.leave(set(self.answers.values))
-        if self.answers.since_failure > RESCUE + PATIENCE:
+        if self.answers.since_failure > RESCUE + (DEATH_PATIENCE if self.ended else PATIENCE):
             self.give_up("it waited for another rank, which had failed", {})
 
     def leave(self, ranks: set[int]) -> None:
@@ -174,7 +177,7 @@ class WatchedExchange(Exchange):
         "Count all that have not answered as failed."
         self.ended = self.ended or how
         for rank in sorted(self.answers.waiting):
-            self.fail(rank, "NoProgress", how, [f"NoProgress: {how}", stacks.get(rank, "")])
+            self.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
 
 # %% ../../nbs/session/06_session.ipynb #93afa973
 class Session:
