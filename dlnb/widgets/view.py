@@ -49,7 +49,8 @@ def fault(error: Any) -> Html:
 
 # %% ../../nbs/widgets/02_view.ipynb #2f2c8aa8
 ROW = 26  # pixels
-_CELL = f"padding:0 10px;height:{ROW}px;line-height:{ROW}px;white-space:nowrap;text-align:left;border:0"
+_CELL = "padding:0 10px;text-align:left;border:0"
+_TABLE = f"border-collapse:collapse;margin:0;font-size:13px;line-height:{ROW}px;white-space:nowrap"
 
 
 def table_html(
@@ -67,7 +68,7 @@ def table_html(
         shade = "background:rgba(127,127,127,.12)" if number % 2 == 0 else ""
         lines.append(f'<tr style="height:{ROW}px;{shade}">{"".join(cells)}</tr>')
     head = f'<tr style="height:{ROW}px">{head}</tr>' if columns else ""
-    return Html(f'<table style="border-collapse:collapse;margin:0;font-size:13px">{head}{"".join(lines)}</table>')
+    return Html(f'<table style="{_TABLE}">{head}{"".join(lines)}</table>')
 
 
 def frame_html(
