@@ -16,12 +16,13 @@ from typing import Any, Literal, overload
 import nbformat
 
 from .errors import TEMPORARY_FAILURE, ParameterError
-from .launch.background import CellText, Job, Launched, describe, in_kernel, start_job
+from .launch.background import Job, Launched, start_job
 from .launch.background import jobs as jobs  # for the user
 from .launch.environment import external_rank, is_first, job_environment
 from .launch.external import job_variables, run_external_rank
 from .launch.job_folder import job_folder, note_run, restore
 from .launch.nodes import meeting, meeting_place
+from .launch.notebook_view import CellText, describe, in_kernel
 from .launch.parameters import check_parameters, parameter_names, parameter_value
 from .launch.rank_record import Rank
 
