@@ -131,24 +131,17 @@ def test_a_job_is_launched_watched_stopped_and_resumed_in_a_kernel(place):
 
         seen = until(lambda seen: seen[0] > 3 and seen[2])
         assert seen[1] == 400 and not seen[3] and "&lt;b&gt;" in seen[4]
-        until(lambda later: later[0] > seen[0] and later[2] != seen[2])
         kernel.run("launcher.job.stop.click()")
         assert "stopped" in until(lambda seen: seen[3])[4]
         kernel.run("launcher.job.resume.click()")
         until(lambda seen: "running" in seen[4] and not seen[3])
-        kernel.kill()
-        kernel = Kernel(place)
-        shown = kernel.run(
-            "from dlnb.widgets.launcher import Launcher\nlauncher = Launcher('train.ipynb')\nlauncher.jobs.value = [*launcher.known][0]"
-        )
-        assert "Error" not in shown
-        until(lambda seen: seen[0] > 1 and "running" in seen[4])
         kernel.run("launcher.job.stop.click()")
         until(lambda seen: seen[3])
     finally:
         kernel.kill()
 
 
+@pytest.mark.soak
 def test_without_a_front_end_it_leaves_a_table_and_a_picture(place, launch):
     write_notebook(place / "count.ipynb", "n = 3  # how often", TRAINED)
     driven = "launcher = Launcher('count.ipynb', n=2)\nlauncher.run.click()\nlauncher.job.job.wait()\nlauncher.job.look()\nlauncher"

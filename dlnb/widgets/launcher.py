@@ -44,14 +44,15 @@ class Curves:
     "The metrics of a run while it trains."
 
     def __init__(self) -> None:
-        self.picture, self.known = picture(), None
+        self.picture = picture()
+        self.known: tuple = ()  # what was drawn: the run, and when its file was written
         self.content = b""  # PNG
 
     def update(self, run: Path | None) -> None:
         "Draw them, where metrics.csv has changed."
-        state = None
+        state: tuple = ()
         with suppress(OSError):
-            state = run and (run, (run / "metrics.csv").stat().st_mtime_ns)
+            state = (run, (run / "metrics.csv").stat().st_mtime_ns) if run else ()
         if state == self.known:
             return
         self.known, self.content = state, b""
@@ -66,6 +67,7 @@ class JobView(View):
 
     def __init__(self, every: float = 1.0):  # seconds between two looks at a job that runs
         self.job: Job | None = None
+        self.ended: Callable[[], None] = lambda: None  # is called when the job has ended
         self.bar, self.curves = widgets.IntProgress(layout=widgets.Layout(width="520px")), Curves()
         self.text, self.field = widgets.HTML(layout=widgets.Layout(width="100%")), Field(widgets.HTML())
         self.stop = widgets.Button(description="Stop", icon="stop", tooltip="SIGTERM: a training saves first")
@@ -76,6 +78,9 @@ class JobView(View):
         self.panel = widgets.VBox([buttons, self.field.panel, self.text, self.curves.picture])
         self.watch = Watch(self.look, every)
         self.look()
+
+    def look(self) -> bool:
+        raise NotImplementedError
 
     def show(self, job: Job | None) -> None:
         "Show another job."
@@ -105,8 +110,9 @@ class WatchedView(JobView):
         "Show the job as it is now."
         is_running = self.job is not None and self.job.is_running
         described = self.job.describe() if self.job else ""
-        self.bar.value, self.bar.max = 0, progress_of(described)[1]
-        self.bar.value = progress_of(described)[0]
+        with self.bar.hold_sync():  # the value is never above the maximum
+            self.bar.value, (done, self.bar.max) = 0, progress_of(described)
+            self.bar.value = done
         self.bar.bar_style = STYLES.get(self.job.status, "warning") if self.job else ""
         self.bar.layout.display = "" if self.job else "none"
         self.text.value = text_html(described) if self.job else ""
@@ -115,9 +121,6 @@ class WatchedView(JobView):
         if not is_running and self.job:
             self.ended()
         return is_running
-
-    def ended(self) -> None:
-        "Is called when the job has ended."
 
     def static(self) -> str:
         return "".join([self.text.value, picture_html(self.curves.content, "the run's curves")])
@@ -157,6 +160,14 @@ class _Launcher(View):
     "A notebook, its form, and the jobs."
 
     form: Form | None = None
+    root: str | Path
+    started: dict[str, Job]
+    notebook: Field
+    message: Field
+    place: widgets.VBox
+    command: widgets.HTML
+    run: widgets.Button
+    jobs: widgets.Dropdown
 
     def changed(self) -> None:
         "Show the command for what is entered; allow to run it where nothing is wrong."
@@ -206,7 +217,7 @@ class Launcher(_Launcher):
         root: str | Path = "runs",  # of the runs; jobs that were started there before are listed
         **values,  # of parameters, to begin with
     ):
-        self.root, self.started, self.known = root, {}, {}
+        self.root, self.started = root, {}
         found = notebooks_below(Path())
         wide = widgets.Layout(width="520px")
         path = str(notebook) if notebook else next(iter(found), "")
