@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
@@ -462,3 +462,15 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     if nested := [name for name, value in params.items() if isinstance(value, Mapping | list)]:  # it might name a class
         raise ValueError(f"best_params={str(path)!r}: {nested[0]} must be a number, a text, a truth value or null.")
     return values
+
+# %% ../nbs/05_config.ipynb #9a1f790d
+def choices_of(
+    field: str,  # a setting
+) -> list[str]:  # none where any value will do
+    "The values that a setting can have."
+    setting = RunConfig.model_fields[field]
+    if field == "precision":
+        return list(PRECISIONS)
+    if get_origin(setting.annotation) is Literal:
+        return list(get_args(setting.annotation))
+    return _choices(field) if AfterValidator(_check_registered) in setting.metadata else []

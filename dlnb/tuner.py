@@ -31,7 +31,7 @@ def tune(
     queue = open_study(plan)
     record = RunRecord.read_or_new(plan.folder, "tune")
     record.settings = config.model_dump()
-    record.resolved = {"study": plan.name, "strategy": plan.config.resolved.strategy}
+    record.resolved = {"study": plan.name, "strategy": plan.config.resolved.strategy, "n_trials": study.n_trials}
     with record.kept():
         record.begin()
         record.write()

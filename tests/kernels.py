@@ -1,85 +1,62 @@
-"""A real kernel, driven as a front end drives it."""
+"""A kernel as Jupyter starts one, with what its cells show."""
 
-import queue
-import re
 import time
-from typing import NamedTuple
+from pathlib import Path
+from queue import Empty
 
-import psutil
-from jupyter_client.manager import KernelManager
-from warm import descendants
-
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class Shown(NamedTuple):
-    "What a cell has shown."
-
-    text: str  # that was printed
-    displays: list[dict]  # by MIME type, updates among them
-    error: str  # its name, its sentence and its traceback; empty where it has none
-    seconds: float
-
-    @property
-    def value(self) -> str:
-        return self.displays[-1]["text/plain"]
+from jupyter_client import KernelManager
+from warm import warm_python
 
 
 class Kernel:
-    "A kernel and what it starts."
+    "A kernel in a folder. It starts at once, in a process group of its own, as Jupyter's do."
 
-    def __init__(self, cwd):
+    def __init__(self, folder: Path):
         self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(cwd))
-        self.client = self.manager.client()
+        self.manager.kernel_spec.argv[0] = warm_python()
+        self.manager.start_kernel(cwd=str(folder))
+        self.client = self.manager.blocking_client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=90)
-        self.process = psutil.Process(self.manager.provisioner.process.pid)
-        self.family: dict[int, psutil.Process] = {}
+        self.client.wait_for_ready(timeout=60)
 
-    def run(self, code: str, timeout: float = 120, interrupt_after: str = "") -> Shown:
-        "Run a cell; press Stop when its output has that text."
-        began, sent, texts, displays, error = time.monotonic(), self.client.execute(code), [], [], ""
-        while time.monotonic() < began + timeout:
-            self.look()
+    def start(self, code: str) -> str:
+        "Execute a cell without waiting for it; its number."
+        return self.client.execute(code)
+
+    def messages(self, cell: str, timeout: float = 120):
+        "What a cell sends, until it has ended."
+        deadline = time.monotonic() + timeout
+        while True:
             try:
-                message = self.client.get_iopub_msg(timeout=0.2)
-            except queue.Empty:
+                message = self.client.get_iopub_msg(timeout=1)
+            except Empty:
+                assert time.monotonic() < deadline, "the cell has not ended"
                 continue
-            if message["parent_header"].get("msg_id") != sent:
+            if message["parent_header"].get("msg_id") != cell:
                 continue
-            kind, content = message["msg_type"], message["content"]
-            if kind == "status" and content["execution_state"] == "idle":
-                return Shown("".join(texts), displays, error, time.monotonic() - began)
+            if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                return
+            yield message["msg_type"], message["content"]
+
+    def run(self, code: str, timeout: float = 120) -> str:
+        "Execute a cell; what it has printed and shown, the last state of each display, and its error."
+        printed, displays, error = "", {}, ""
+        for kind, content in self.messages(self.start(code), timeout):
             if kind == "stream":
-                texts.append(content["text"])
-            elif kind in ("display_data", "execute_result", "update_display_data"):
-                displays.append(content["data"])
+                printed += content["text"]
+            elif kind in ("display_data", "update_display_data", "execute_result"):
+                displays[content.get("transient", {}).get("display_id") or len(displays)] = content["data"].get("text/plain", "")
             elif kind == "error":
-                error = ANSI.sub("", "\n".join([f"{content['ename']}: {content['evalue']}", *content["traceback"]]))
-            if interrupt_after and interrupt_after in "".join(texts) + str(displays):
-                self.manager.interrupt_kernel()
-                interrupt_after = ""
-        raise TimeoutError(f"{code!r} took over {timeout} s: {texts} {displays}")
+                error = f"{content['ename']}: {content['evalue']}"
+        return "\n".join([printed, *displays.values(), error])
 
-    def look(self) -> None:
-        self.family |= {process.pid: process for process in descendants(self.process)}
+    def interrupt(self) -> None:
+        "Jupyter's Stop button."
+        self.manager.interrupt_kernel()
 
-    def ranks(self) -> list[psutil.Process]:
-        "The processes that were forked for it."
-        return [process for process in self.process.children(recursive=True) if process.parent() != self.process and is_rank(process)]
-
-    def end(self) -> list[psutil.Process]:
-        "End the kernel at once, and return what is left of all it has started."
-        self.look()
+    def kill(self) -> None:
+        "End it as Jupyter does: its whole process group, at once."
         self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-        _, left = psutil.wait_procs(self.family.values(), timeout=15)
-        return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-
-def is_rank(process: psutil.Process) -> bool:
-    try:
-        return "LOCAL_RANK" in process.environ() or "forkserver" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+        if self.manager.is_alive():
+            self.manager.shutdown_kernel(now=True)
+        self.manager.cleanup_resources()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_notebook
-from kernels import Kernel
+from rank_kernels import Kernel
 from safetensors.torch import load_file
 from warm import warm_python
 

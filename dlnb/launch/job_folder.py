@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .environment import external_rank
 from ..system.processes import began_at
@@ -156,3 +157,15 @@ def restore(
     "Make sure that the job folder is complete at this moment."
     if folder in _keepers:
         _keepers[folder].look()
+
+# %% ../../nbs/launch/02_job_folder.ipynb #066f9be3
+def note_run(
+    notebook: Any,  # an nbformat.NotebookNode
+    folder: Path,  # the job folder
+) -> Path | None:  # the run's folder; None as long as there is no run
+    "Put the folder of the run that a notebook makes into its metadata."
+    with suppress(FileNotFoundError):
+        if run := (folder / "run").read_text(encoding="utf-8"):
+            notebook.metadata.setdefault("dlnb", {})["run"] = run
+            return Path(run)
+    return None

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/launch/12_manager.ipynb #99e149e2
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -16,6 +17,7 @@ from papermill.engines import NotebookExecutionManager
 from papermill.iorw import LocalHandler, papermill_io, write_ipynb
 from papermill.log import logger
 
+from .job_folder import note_run
 from .rank_record import Rank
 from .terminal import Terminal
 
@@ -31,6 +33,17 @@ class NotebookManager(NotebookExecutionManager):
     saved_at, cost = 0.0, 0.0  # when it was last written, by the monotonic clock, and how many seconds that took
     printed = 0  # characters since then
     terminal: Terminal | None = None  # the stream that was printed to last
+
+    def __init__(
+        self,
+        nb: NotebookNode,
+        output_path: str | None = None,
+        job: Path | None = None,  # the job folder
+        view: Callable[[NotebookNode], None] | None = None,  # shows the notebook to whoever waits for it
+        **kwargs,  # for papermill's manager
+    ):
+        super().__init__(nb, output_path, **kwargs)
+        self.job, self.view = job, view
 
     def append_stream(
         self,
@@ -62,6 +75,10 @@ class NotebookManager(NotebookExecutionManager):
         "Write the output notebook. A disk that is full for a while must not end a training: only the end insists."
         began = time.monotonic()
         self.settle()
+        if self.job is not None:
+            note_run(self.nb, self.job)
+        if self.view is not None:
+            self.view(self.nb)
         try:
             self._write(**kwargs)
             self.saved = True
@@ -84,8 +101,13 @@ class NotebookManager(NotebookExecutionManager):
         finally:
             new.unlink(missing_ok=True)
 
-    def notebook_complete(self, **kwargs) -> None:
+    def notebook_complete(
+        self,
+        status: str = "finished",  # or failed, stopped, preempted
+        **kwargs,
+    ) -> None:
         "Close the record. Every cell that has run is marked already; the others have not run."
+        self.nb.metadata.setdefault("dlnb", NotebookNode())["status"] = status
         self.end_time = self.now()
         record = self.nb.metadata.papermill
         record["end_time"] = self.end_time.isoformat()

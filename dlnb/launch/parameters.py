@@ -25,12 +25,13 @@ def parameter_names(
             "the defaults, and add the tag under Property Inspector > Cell Tags."
         )
     targets = []
-    for statement in ast.parse(_without_magics(cells[0].source)).body:
+    for statement in ast.parse(without_magics(cells[0].source)).body:
         targets += statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     return [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 # %% ../../nbs/launch/18_parameters.ipynb #f426beae
-def _without_magics(source: str) -> str:
+def without_magics(source: str) -> str:  # line by line the same, in plain Python
+    "A cell's source for Python's own parser."
     with suppress(SyntaxError):
         ast.parse(source)
         return source
@@ -59,7 +60,7 @@ def parameter_value(
     if name in (given := notebook.metadata.get("papermill", {}).get("parameters") or {}):
         return given[name]
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for statement in ast.parse(_without_magics(cell.source)).body:
+    for statement in ast.parse(without_magics(cell.source)).body:
         if isinstance(statement, ast.Assign) and [getattr(node, "id", None) for node in statement.targets] == [name]:
             return ast.literal_eval(statement.value)
     return otherwise

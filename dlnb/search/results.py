@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/search/10_results.ipynb #f976fa5d
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import optuna
@@ -15,8 +16,11 @@ from optuna.trial import TrialState
 # %% ../../nbs/search/10_results.ipynb #0ce48159
 def trials_table(study: optuna.Study):  # a pandas DataFrame: a row per trial, the best first, those that failed last
     "The trials with their values, parameters and durations."
-    table = study.trials_dataframe(attrs=("number", "value", "state", "duration", "params"))
-    table["duration"] = table["duration"].dt.total_seconds().round(1)
+    import pandas
+
+    columns = ("number", "value", "state", "duration")
+    table = study.trials_dataframe(attrs=(*columns, "params")) if study.trials else pandas.DataFrame(columns=columns)
+    table["duration"] = pandas.to_timedelta(table["duration"]).dt.total_seconds().round(1)
     table.columns = [name.removeprefix("params_") for name in table.columns]
     failed = table["state"] == "FAIL"
     ascending = study.direction == optuna.study.StudyDirection.MINIMIZE
@@ -25,24 +29,39 @@ def trials_table(study: optuna.Study):  # a pandas DataFrame: a row per trial, t
 
 # %% ../../nbs/search/10_results.ipynb #e08bc1b4
 MOST_NAMES = 10  # in a legend
+PICTURES = {
+    "history": "plot_optimization_history",
+    "curves": "plot_intermediate_values",
+    "importance": "plot_param_importances",
+    "parallel coordinates": "plot_parallel_coordinate",
+}
 
 
-def plot_study(study: optuna.Study) -> list[Any]:  # matplotlib Figures
+def pictures_of(study: optuna.Study) -> list[str]:
+    "Which of the pictures can be drawn of a study as it is."
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    return list(PICTURES)[: 4 if len({str(trial.params) for trial in complete}) > 1 else 2]
+
+
+def plot_study(
+    study: optuna.Study,
+    names: Collection[str] = (),  # of `PICTURES`; none for all that can be drawn
+) -> list[Any]:  # matplotlib Figures
     "Optuna's pictures of a study: its history, the trials' curves, and with two complete trials or more what the parameters did."
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
 
-    drawn = [pictures.plot_optimization_history, pictures.plot_intermediate_values]
-    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    if len({str(trial.params) for trial in complete}) > 1:
-        drawn += [pictures.plot_param_importances, pictures.plot_parallel_coordinate]
     with warnings.catch_warnings(), pyplot.rc_context():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        figures = [draw_one(study).figure for draw_one in drawn]
+        figures = [getattr(pictures, PICTURES[name])(study).figure for name in names or pictures_of(study)]
     for figure in figures:
-        for axes in figure.axes:
-            if (legend := axes.get_legend()) and len(legend.get_texts()) > MOST_NAMES:
-                legend.remove()
-        figure.set_size_inches(7, 3.8)
+        _tidy(figure)
         pyplot.close(figure)
     return figures
+
+
+def _tidy(figure: Any) -> None:
+    for axes in figure.axes:
+        if (legend := axes.get_legend()) and len(legend.get_texts()) > MOST_NAMES:
+            legend.remove()
+    figure.set_size_inches(7, 3.8)

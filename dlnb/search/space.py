@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/search/00_space.ipynb #bbd18203
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,3 +97,44 @@ def _suggest(trial: optuna.Trial, name: str, what: BaseDistribution) -> Any:
         return trial.suggest_categorical(name, what.choices)
     suggest = trial.suggest_int if isinstance(what, IntDistribution) else trial.suggest_float
     return suggest(name, what.low, what.high, step=what.step, log=what.log)
+
+# %% ../../nbs/search/00_space.ipynb #67ea152b
+def check_drawable(name: str, what: BaseDistribution, value: Any) -> None:
+    "Raise `ValueError` for a value of a parameter that is not in its space."
+    if isinstance(what, CategoricalDistribution):
+        if not any(type(choice) is type(value) and choice == value for choice in what.choices):
+            raise ValueError(unknown(name, value, map(str, what.choices)))
+        return
+    is_whole = isinstance(what, IntDistribution)
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+        raise ValueError(f"{name}={value!r} must be a {'whole ' if is_whole else ''}number from {what.low} to {what.high}.")
+    if not what.low <= value <= what.high:
+        raise ValueError(f"{name}={value!r} must be from {what.low} to {what.high}.")
+    steps = (value - what.low) / (what.step or 1)
+    if what.step and abs(steps - round(steps)) > 1e-8:
+        nearest = what.low + round(steps) * what.step
+        raise ValueError(f"{name}={value!r} must be {what.low} and a multiple of {what.step} more; the nearest is {nearest:g}.")
+
+
+def check_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
+    "A trial's parameters as settings. Raises `ValueError` for values that the space does not have; of a dictionary some may be left out."
+    if callable(space):
+        return _checked_call(space, params)
+    for name, value in params.items():
+        if name not in space:
+            raise ValueError(unknown("parameter", name, space))
+        check_drawable(name, space[name], value)
+    return dict(params)
+
+
+def _checked_call(space: Callable[[optuna.Trial], Mapping[str, Any]], params: Mapping[str, Any]) -> dict[str, Any]:
+    trial: Any = optuna.trial.FixedTrial(dict(params))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Optuna's for a value out of range
+        try:
+            settings = dict(space(trial))
+        except UserWarning as error:
+            raise ValueError(str(error)) from None
+    if others := params.keys() - trial.distributions.keys():
+        raise ValueError(unknown("parameter", min(others), trial.distributions))
+    return settings

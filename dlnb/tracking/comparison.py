@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import unknown
+from ..system.lock import find_holder
 from .catalogue import FIRST, SHOWN_SETTINGS, find_records, listed_runs, record_columns, runs, table_of
-from .curves import curve_of, read_metrics
+from .curves import as_label, curve_of, read_metrics
 from .record import RunRecord
 
 # %% ../../nbs/tracking/08_comparison.ipynb #18e3fc35
@@ -68,8 +69,8 @@ def prune(
 ):  # a pandas DataFrame: one row per checkpoint that nobody needs, with its size in MB
     """The checkpoints of finished trainings, except for each one's best. They are needed only to continue a training from its last one.
 
-    Nothing outside a run's own `checkpoints/` is deleted. A run whose best checkpoint is missing is left alone, with a warning, and so is
-    what cannot be deleted.
+    Nothing outside a run's own `checkpoints/` is deleted. A run whose best checkpoint is missing, or that is in use, is left alone, with a
+    warning, and so is what cannot be deleted.
     """
     import pandas
 
@@ -108,6 +109,8 @@ def _unneeded(record: RunRecord) -> list[tuple[Path, float]]:
         return []
     if place.is_symlink():
         raise ValueError("its checkpoints are in another place, to which a link leads.")
+    if holder := find_holder(record.folder):  # which is about to continue it
+        raise ValueError(f"it is in use by {holder}.")
     paths, kept = sorted(place.glob("*.ckpt")), record.folder / name
     if kept not in paths or not kept.exists():
         raise ValueError(f"its record names {name!r}, which is none of its checkpoints.")
@@ -140,8 +143,8 @@ def plot_runs(
     curves = {_record_of(run).folder: _curve(_record_of(run).folder, metric, smoothing) for run in runs}
     figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for folder, curve in curves.items():
-        axis.plot(curve["step"], curve[metric], label=folder.name, marker="." if len(curve) < 30 else None)
-    axis.set(title=metric, xlabel="optimizer step")
+        axis.plot(curve["step"], curve[metric], label=as_label(folder.name), marker="." if len(curve) < 30 else None)
+    axis.set(title=as_label(metric), xlabel="optimizer step")
     axis.legend(fontsize="small")
     pyplot.close(figure)
     return figure

@@ -59,6 +59,13 @@ def _grouped(names: list[str]) -> dict[str, list[str]]:  # to each title the met
         groups.setdefault(title, []).append(name)
     return groups
 
+
+def as_label(
+    name: str,  # of a metric, or of a folder
+) -> str:
+    "The name as matplotlib shows it unchanged, whatever characters it has."
+    return name.replace("$", r"\$")
+
 # %% ../../nbs/tracking/05_curves.ipynb #018bc45e
 def plot_metrics(
     folder: str | Path,  # a run's folder
@@ -74,8 +81,8 @@ def plot_metrics(
     for axis, (title, members) in zip(axes[0], groups.items()):
         for name in members:
             curve = curve_of(Path(folder), metrics, name)
-            axis.plot(curve["step"], curve[name], label=name, marker="." if len(curve) < 30 else None)
-        axis.set(title=title, xlabel="optimizer step")
+            axis.plot(curve["step"], curve[name], label=as_label(name), marker="." if len(curve) < 30 else None)
+        axis.set(title=as_label(title), xlabel="optimizer step")
         axis.legend()
     pyplot.close(figure)  # it is returned; without this a notebook would show it twice
     return figure
