@@ -54,9 +54,11 @@ class _Pictures:
 
     def update(self) -> None:
         control, names = self.choice.control, tuple(pictures_of(self.study))
-        if names != tuple(control.options):
-            control.options = names  # which chooses the first, and draws it
-        self.draw()
+        if names == tuple(control.options):
+            return self.draw()
+        chosen = control.value
+        control.options = names  # which chooses the first, and draws it
+        control.value = chosen
 
     def draw(self) -> None:
         content, message = drawn(self.study, self.choice.control.value)
@@ -180,11 +182,16 @@ class _StudyView(View):
     "A search, read again."
 
     search: ReopenedSearch
+    summary: widgets.HTML
     known: Any = None  # of the trials that are shown
 
     def look(self) -> bool:
         "Show what is new; whether the search still runs."
-        record = RunRecord.read(self.search.folder)
+        try:
+            record = RunRecord.read(self.search.folder)
+        except ValueError as error:  # its folder was removed
+            self.summary.value = fault(error)
+            return False
         state = [(trial.state, len(trial.intermediate_values)) for trial in self.search.study.get_trials(deepcopy=False)]
         if (record.state, state) != self.known:
             self.known, self.search = (record.state, state), replace(self.search, record=record)
