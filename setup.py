@@ -38,7 +38,10 @@ setup(
     # The notebooks that `python -m dlnb.new` makes a project of are within the package in a wheel, and stay where they are in a checkout.
     packages=[*find_packages(include=["dlnb", "dlnb.*"]), "dlnb.nbs"],
     package_dir={"dlnb.nbs": "nbs"},
-    package_data={"dlnb": ["py.typed"], "dlnb.nbs": ["dashboard.ipynb", "workflows/*.ipynb", *(f"_template/{pattern}" for pattern in template)]},
+    package_data={
+        "dlnb": ["py.typed"],
+        "dlnb.nbs": ["dashboard.ipynb", "workflows/*.ipynb", *(f"_template/{pattern}" for pattern in template)],
+    },
     cmdclass={"sdist": SourceDistribution},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),

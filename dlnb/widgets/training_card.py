@@ -18,8 +18,7 @@ import ipywidgets as widgets
 import psutil
 
 from ..system.progress import PROGRESS, ProgressWatch
-from ..tracking.curves import plot_metrics
-from ..tracking.metrics import read_rows
+from ..tracking.curves import plot_metrics, read_metrics
 from ..tracking.record import RunRecord
 from .view import View, Watch, as_html, as_text, fault, picture, picture_html, show, table_html
 
@@ -42,9 +41,9 @@ def _seconds(moment: str | None) -> float:
 
 def place_of(record: RunRecord) -> Place:
     "The last step that the run's folder tells of."
-    path = record.folder / "metrics.csv"
-    rows = read_rows(path)
-    logged = int(rows[-1]["step"]) + 1 if rows else 0
+    path, logged = record.folder / "metrics.csv", 0
+    with suppress(ValueError, IndexError):  # none was logged yet
+        logged = int(read_metrics(record.folder)["step"].iloc[-1]) + 1
     when = (path if logged > record.step else record.path).stat().st_mtime
     return Place(max(logged, record.step), min(when, _seconds(record.ended)) if record.ended else when)
 
