@@ -65,15 +65,16 @@ class _Pictures:
         self.choice = Field(widgets.ToggleButtons(options=pictures_of(self.study), style={"button_width": "auto"}))
         self.picture = picture()
         self.panel = widgets.VBox([self.choice.panel, self.picture])
-        self.choice.control.observe(lambda change: change["new"] and self.draw(), "value")
+        self.choice.control.observe(lambda change: self.draw() if change["new"] else None, "value")
 
     def update(self) -> None:
         control, names = self.choice.control, tuple(pictures_of(self.study))
         if names == tuple(control.options):
-            return self.draw()
-        chosen = control.value
-        control.options = names  # which chooses the first, and draws it
-        control.value = chosen
+            self.draw()
+        else:
+            chosen = control.value
+            control.options = names  # which chooses the first, and draws it
+            control.value = chosen
 
     def draw(self) -> None:
         content, message = drawn(self.study, self.choice.control.value)
@@ -274,7 +275,8 @@ class Studies(View):
     "The searches below a folder, and one of them."
 
     def __init__(self, root: str | Path = "runs"):
-        self.root, self.study = Path(root), None
+        self.root = Path(root)
+        self.study: Study | None = None
         self.choice = Field(widgets.Dropdown(description="search", layout=widgets.Layout(width="600px")))
         self.again, self.place = widgets.Button(description="Read again", icon="refresh"), widgets.VBox()
         self.panel = widgets.VBox([widgets.HBox([self.choice.panel, self.again]), self.place])
