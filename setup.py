@@ -38,11 +38,14 @@ setup(
     # The notebooks that `python -m dlnb.new` makes a project of are within the package in a wheel, and stay where they are in a checkout.
     packages=[*find_packages(include=["dlnb", "dlnb.*"]), "dlnb.nbs"],
     package_dir={"dlnb.nbs": "nbs"},
-    package_data={"dlnb": ["py.typed"], "dlnb.nbs": ["workflows/*.ipynb", *(f"_template/{pattern}" for pattern in template)]},
+    package_data={
+        "dlnb": ["py.typed"],
+        "dlnb.nbs": ["dashboard.ipynb", "workflows/*.ipynb", *(f"_template/{pattern}" for pattern in template)],
+    },
     cmdclass={"sdist": SourceDistribution},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
-    extras_require={"dev": requirements("dev_requirements")},
+    extras_require={"app": requirements("app_requirements"), "dev": requirements("dev_requirements")},
     entry_points={
         "papermill.engine": ["dlnb = dlnb.engine:DlnbEngine"],
         "nbdev": ["dlnb = dlnb._modidx:d"],

@@ -138,7 +138,7 @@ class _Choice:
         self.is_quiet = False
 
 # %% ../../nbs/widgets/03_run_table.ipynb #f20e330b
-COLUMNS = [*FIRST[1:], "strategy", "lr"]
+COLUMNS = ["status", "started", "epoch", "step", "best_score", "batch_size", "lr"]  # the name tells the task, the mode and the strategy
 
 
 class RunTable:

@@ -97,7 +97,8 @@ class _Deletion:
     "Asks before checkpoints are deleted."
 
     def __init__(self, root: Path, deleted: Callable[[], None]):
-        self.root, self.deleted, self.folders = root, deleted, ()
+        self.root, self.deleted = root, deleted
+        self.folders: list[str] = []
         self.button = widgets.Button(description="Delete checkpoints…", icon="trash", layout=widgets.Layout(width="180px"))
         self.yes = widgets.Button(description="Delete", button_style="danger")
         self.no = widgets.Button(description="Keep")
@@ -114,6 +115,9 @@ class _Deletion:
         "Ask nothing any more."
         self.asked, self.question.control.value, self.question.message.value = None, text, ""
         self.yes.layout.display = self.no.layout.display = "none"
+
+    def delete(self) -> None:
+        raise NotImplementedError
 
     def ask(self) -> None:
         self.close()
@@ -149,7 +153,8 @@ class _Test:
     "Tests the one ticked run."
 
     def __init__(self, root: Path, tested: Callable[[], None]):
-        self.root, self.tested, self.folders = root, tested, ()
+        self.root, self.tested = root, tested
+        self.folders: list[str] = []
         self.button = widgets.Button(description="Test and predict", icon="play", layout=widgets.Layout(width="180px"))
         self.result, self.output = widgets.HTML(), widgets.Output()
         self.panel = widgets.VBox([self.button, self.result, self.output])

@@ -92,16 +92,16 @@ def is_voila() -> bool:
 
 
 def link_html(path: Path, text: str) -> Html:
-    "A link to a file; its name alone where Voila shows the page, which gives no files."
+    "A link to a file; the text alone where Voila shows the page, which gives no files."
     if is_voila():
-        return Html(f"<code>{as_html(path)}</code>")
+        return as_html(text)
     place = quote(os.fsencode(os.path.relpath(path)))
     return Html(f'<a href="{escape(place)}" target="_blank" rel="noopener">{as_html(text)}</a>')
 
 # %% ../../nbs/widgets/02_view.ipynb #7f6391ac
 def png(figure: Any) -> bytes:  # of a matplotlib Figure
     target = BytesIO()
-    figure.savefig(target, format="png", dpi=90)
+    figure.savefig(target, format="png", dpi=100)
     return target.getvalue()
 
 
@@ -114,7 +114,8 @@ def picture_html(content: bytes, text: str) -> Html:
 
 def picture() -> widgets.Image:
     "A place for a picture, empty as yet."
-    return widgets.Image(format="png", layout=widgets.Layout(display="none", max_width="100%", object_fit="contain"))
+    layout = widgets.Layout(display="none", max_width="100%", align_self="flex-start", object_fit="contain")
+    return widgets.Image(format="png", layout=layout)
 
 
 def show(place: widgets.Image, figure: Any | None) -> None:

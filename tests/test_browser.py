@@ -1,0 +1,223 @@
+"""The widgets in a real browser, by JupyterLab and by Voila, on loopback and with a token."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_widgets import HOSTILE, checkpoints, write_run
+
+from dlnb.tracking.environment import now
+from dlnb.tracking.record import RunRecord
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LACKING = [name for name in ("playwright", "jupyterlab", "voila") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(550),
+    pytest.mark.skipif(bool(LACKING) or not CHROMIUM, reason=f"needs {', '.join(LACKING) or 'Chromium'}"),
+]
+TOKEN = "a-token-of-the-test"
+PATIENCE = 150_000  # milliseconds for a page on a machine that does something else too
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A project: three runs that finished, one of hostile names, one that trains."
+    runs = tmp_path / "runs" / "Digits-DigitsNet" / "train" / "ddp"
+    for number in range(3):
+        record = write_run(runs / f"run-{number}", rows=30, settings={"lr": 1e-3 * (number + 1)}, notebook="train.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# Trained {number}")]), record.folder / "train.ipynb"
+        )
+    acts = HOSTILE.replace("alert(1)", "window.acted=1").replace("/", "")
+    write_run(runs / acts, settings={"lr": 0.5, "tags": [HOSTILE.replace("alert(1)", "window.acted=1")]}, error=HOSTILE)
+    write_run(tmp_path / "runs" / "trains", rows=10, status="running", resolved={"total_steps": 100, "global_batch_size": 64})
+    return tmp_path
+
+
+def write_page(path: Path, *cells: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
+    return path
+
+
+@contextmanager
+def serving(*command: str, cwd: Path):
+    "A server of Jupyter, as its address; it and its kernels are ended."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = cwd / "server.log"
+    with log.open("w") as output:
+        words = [sys.executable, "-m", *command, "--no-browser", f"--port={port}"]
+        process = subprocess.Popen(words, cwd=cwd, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while True:
+            with socket.socket() as asking:
+                if asking.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def page():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        page = browser.new_page(viewport={"width": 1300, "height": 1500})
+        page.set_default_timeout(PATIENCE)
+        yield page
+        browser.close()
+
+
+def of_row(page, name: str):
+    "The box that ticks a run: the rows and the boxes have the same order, below the heading."
+    rows = page.locator("table:has(th:text-is('run')) tr").all_inner_texts()
+    (number,) = [number for number, row in enumerate(rows) if name in row]
+    return page.locator(".widget-checkbox input:visible").nth(number - 1)
+
+
+def overlaid(page) -> None:
+    "Two runs ticked, their curves in one picture, and nothing has acted."
+    page.get_by_text("5 of 5 runs").wait_for()
+    of_row(page, "run-0").check()
+    of_row(page, "run-2").check()
+    page.get_by_text("2 ticked").wait_for()
+    page.locator("img.widget-image:visible, .widget-image img:visible").first.wait_for()
+    page.get_by_role("tab", name="Differences").click()
+    page.get_by_text("setting or result").wait_for()
+    assert page.get_by_text("0.003").count() >= 2
+    assert page.evaluate("window.acted") is None
+
+
+def test_runs_are_compared_and_tidied_by_voila(folder, page, tmp_path):
+    notebook = write_page(folder / "nbs" / "page.ipynb", "from dlnb.widgets.runs import Runs\nRuns('../runs')")
+    with serving("voila", str(notebook), f"--token={TOKEN}", cwd=folder) as address:
+        assert "/login" in page.request.get(address).url  # without the token there is no page
+        page.goto(f"{address}/?token={TOKEN}")
+        overlaid(page)
+        where = page.get_by_placeholder("strategy ==")
+        where.fill("lrr < 1")
+        where.press("Enter")
+        page.get_by_text("Did you mean 'lr'?").wait_for()
+        where.fill("lr < 1e-2 and status == 'finished'")
+        where.press("Enter")
+        page.get_by_text("3 of 5 runs").wait_for()
+        before = checkpoints(folder)
+        page.get_by_role("tab", name="Test, delete").click()
+        page.get_by_role("button", name="Delete checkpoints").click()
+        page.get_by_text("Delete these 2 checkpoints").wait_for()
+        assert checkpoints(folder) == before
+        page.screenshot(path=tmp_path / "voila.png", full_page=True)
+        page.get_by_role("button", name="Delete", exact=True).click()
+        page.get_by_text("2 checkpoints are deleted").wait_for()
+        assert len(checkpoints(folder)) == len(before) - 2
+
+
+@contextmanager
+def lab(page, folder: Path, notebook: Path):
+    "A notebook in JupyterLab, all of whose cells have been started."
+    options = [f"--IdentityProvider.token={TOKEN}", "--LabApp.news_url=None", *(["--allow-root"] if os.geteuid() == 0 else [])]
+    with serving("jupyterlab", f"--ServerApp.root_dir={folder}", *options, cwd=folder) as address:
+        assert page.request.get(f"{address}/api/contents").status == 403
+        page.goto(f"{address}/lab/tree/{notebook.relative_to(folder)}?token={TOKEN}")
+        page.get_by_text("Idle", exact=False).first.wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        yield
+
+
+def test_runs_are_compared_in_jupyterlab_and_their_notebooks_opened(folder, page, tmp_path):
+    notebook = write_page(folder / "nbs" / "page.ipynb", "from dlnb.widgets.runs import Runs\nRuns('../runs')")
+    with lab(page, folder, notebook):
+        overlaid(page)
+        page.screenshot(path=tmp_path / "lab.png")
+        page.keyboard.press("Control+s")
+        deadline = time.monotonic() + 60
+        while not (outputs := json.loads(notebook.read_text())["cells"][0]["outputs"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert "run-0" in "".join(outputs[0]["data"]["text/html"])  # for whoever opens the file without a kernel
+        page.get_by_role("link", name="Digits-DigitsNet/train/ddp/run-1").click()
+        page.get_by_text("Trained 1").wait_for()
+
+
+def test_a_card_moves_in_jupyterlab_and_stays_in_the_file(folder, page, tmp_path):
+    code = "from dlnb.widgets.training_card import TrainingCard\nTrainingCard('../runs/trains', every=0.5)"
+    notebook, run = write_page(folder / "nbs" / "page.ipynb", code), folder / "runs" / "trains"
+    with lab(page, folder, notebook):
+        page.get_by_text("10 of 100").wait_for()
+        lines = [f"{step},1,{2 / (step + 1)}" for step in range(60)]
+        (run / "metrics.csv").write_text("\n".join(["step,train_loss,val_loss", *lines, ""]))
+        page.get_by_text("60 of 100").wait_for()
+        page.get_by_text("steps/s").wait_for()
+        page.screenshot(path=tmp_path / "card.png")
+        record = RunRecord.read(run)
+        record.status, record.ended, record.step = "finished", now(), 100
+        record.write()
+        page.get_by_text("100 of 100").wait_for()
+        page.keyboard.press("Control+s")
+        deadline = time.monotonic() + 60
+        while "100 of 100" not in notebook.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
+def test_a_search_is_watched_and_given_a_trial_by_voila(tmp_path, page):
+    write = """
+import optuna
+from dlnb.config import RunConfig
+from dlnb.search.plan import open_study, plan_search
+from dlnb.search.report import write_best
+from dlnb.search.study import StudyConfig
+from dlnb.tracking.record import RunRecord
+from dlnb.tracking.environment import now
+config = RunConfig(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", accelerator="cpu", devices=1)
+plan = plan_search(config, StudyConfig(search_space={"lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model_args.width": [8, 16]}, n_trials=9))
+queue = open_study(plan)
+study = optuna.load_study(study_name=plan.name, storage=queue.storage)
+study.optimize(lambda trial: trial.suggest_float("lr", 1e-4, 1e-1, log=True) + 1 / trial.suggest_categorical("model_args.width", [8, 16]), 8)
+write_best(plan, queue.all())
+record = RunRecord(folder=plan.folder, mode="tune", status="stopped", started=now(), settings=config.model_dump())
+record.resolved = {"study": plan.name, "n_trials": 9}
+record.write()
+"""
+    subprocess.run([sys.executable, "-c", write], cwd=tmp_path, check=True, timeout=300)
+    notebook = write_page(tmp_path / "nbs" / "page.ipynb", "from dlnb.widgets.study import Studies\nStudies('../runs')")
+    with serving("voila", str(notebook), f"--token={TOKEN}", cwd=tmp_path) as address:
+        page.goto(f"{address}/?token={TOKEN}")
+        page.get_by_text("8 of 9").wait_for()
+        page.get_by_role("button", name="parallel coordinates").click()
+        page.locator("img.widget-image:visible, .widget-image img:visible").first.wait_for()
+        page.screenshot(path=tmp_path / "study.png", full_page=True)
+        page.get_by_role("tab", name="Your own trial").click()
+        field = page.get_by_placeholder("0.0001 to 0.1")
+        field.fill("7")
+        page.get_by_role("button", name="Add this trial").click()
+        page.get_by_text("must be from 0.0001 to 0.1").wait_for()
+        field.fill("0.02")
+        page.get_by_role("button", name="Add this trial").click()
+        page.get_by_text("Trial 8 waits").wait_for()
+        page.get_by_role("tab", name="Trials").click()
+        page.get_by_text("WAITING").wait_for()
