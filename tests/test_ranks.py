@@ -224,6 +224,7 @@ def test_a_killed_rank_is_told_by_its_signal_and_the_kernel_goes_on(warm, tmp_pa
     assert kernel.end() == []
 
 
+@pytest.mark.soak
 def test_the_ranks_end_with_their_kernel(warm, tmp_path):
     kernel = Kernel(tmp_path)
     kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")

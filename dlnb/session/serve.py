@@ -95,7 +95,7 @@ class Server:
         return function(*arguments, **keywords)
 
     def get(self, expression: str) -> Any:
-        return eval(expression, self.names)
+        return self.shell.ev(expression)
 
     def define(self, content: bytes, cells: list[str] | None) -> None:
         "Objects under their names; with the notebook's cells, where they are their source."

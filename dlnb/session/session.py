@@ -27,7 +27,7 @@ from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769
 RESCUE = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
-PATIENCE = 6.0  # seconds for them to answer after that; then they are ended
+PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where a rank has died: there is no going on without it
 WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
 

@@ -52,7 +52,7 @@ def print_text(message: tuple) -> None:
     "What is done with a message of a rank that is not the first."
     kind, *content = message
     if kind == "display":
-        print(content[0].get("text/plain", ""), flush=True)
+        sys.stdout.write(f"{content[0].get('text/plain', '')}\n")
 
 
 def session_shell(rank: int, send: Send) -> Any:
