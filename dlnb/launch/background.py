@@ -284,8 +284,8 @@ class Job(WatchedJob):
         "End the job by SIGTERM, and wait. Raises `TimeoutError` where it still runs then: a second call ends it without saving."
         if self.is_running and not self.process.is_here:
             raise RuntimeError(f"The job {self.id} runs on {self.process.host}. Stop it there.")
-        write_json(self.folder / "job.json", asdict(replace(self.record, stop_requested=True)))
-        if self.process.is_running:
+        if self.is_running:
+            write_json(self.folder / "job.json", asdict(replace(self.record, stop_requested=True)))
             os.kill(self.process.pid, signal.SIGTERM)
         return self.wait(timeout)
 

@@ -90,7 +90,7 @@ class JobView(View):
 
     def end(self) -> None:
         "Ask the job to end; a second time, at once."
-        if self.stop.disabled:
+        if self.job is None:
             return
         with self.field.checked(), suppress(TimeoutError):  # it saves; the next looks show its end
             self.job.stop(timeout=0)
@@ -98,7 +98,7 @@ class JobView(View):
         self.look()
 
     def again(self) -> None:
-        if self.resume.disabled:
+        if self.job is None:
             return
         with self.field.checked():
             self.job.resume()
