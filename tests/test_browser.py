@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(bool(LACKING) or not CHROMIUM, reason=f"needs {', '.join(LACKING) or 'Chromium'}"),
 ]
 TOKEN = "a-token-of-the-test"
-PATIENCE = 60_000  # milliseconds for a page on a machine that does something else too
+PATIENCE = 120_000  # milliseconds for a page on a machine that does something else too
 
 
 @pytest.fixture
@@ -60,9 +61,12 @@ def serving(*command: str, cwd: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = cwd / "server.log"
+    own = {
+        name: str(cwd / "jupyter") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    }  # not the user's
     with log.open("w") as output:
         words = [sys.executable, "-m", *command, "--no-browser", f"--port={port}"]
-        process = subprocess.Popen(words, cwd=cwd, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(words, cwd=cwd, env=os.environ | own, stdout=output, stderr=output, start_new_session=True)
     try:
         deadline = time.monotonic() + PATIENCE / 1000
         while True:
@@ -82,7 +86,8 @@ def serving(*command: str, cwd: Path):
 
 
 @pytest.fixture
-def page():
+def page(tmp_path):
+    "A tab of Chromium; how it looked last is kept beside the test's files."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -90,6 +95,7 @@ def page():
         page = browser.new_page(viewport={"width": 1300, "height": 1500})
         page.set_default_timeout(PATIENCE)
         yield page
+        page.screenshot(path=tmp_path / "last.png")
         browser.close()
 
 
@@ -145,8 +151,11 @@ def lab(page, folder: Path, notebook: Path):
         assert page.request.get(f"{address}/api/contents").status == 403
         page.goto(f"{address}/lab/tree/{notebook.relative_to(folder)}?token={TOKEN}")
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
+        ran = page.locator(".jp-InputPrompt").get_by_text(re.compile(r"\[[\d*]+\]:"))
+        while not ran.count():  # JupyterLab drops what is run while it still connects to the kernel
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_text("Run All Cells", exact=True).click()
+            page.wait_for_timeout(5000)
         yield
 
 
