@@ -9,6 +9,7 @@ from pathlib import Path
 import ipywidgets
 import optuna
 import pytest
+from conftest import write_notebook
 
 from dlnb.config import RunConfig
 from dlnb.search.plan import open_study, plan_search
@@ -77,7 +78,9 @@ def children(widget) -> list:
 
 def shown(view) -> str:
     "All HTML of a view, as a page gets it."
-    return "\n".join([*(widget.value for widget in children(view.panel) if isinstance(widget, ipywidgets.HTML)), view.static()])
+    texts = [widget.value for widget in children(view.panel) if isinstance(widget, ipywidgets.HTML)]
+    outputs = [output for widget in children(view.panel) for output in getattr(widget, "outputs", ())]
+    return "\n".join([*texts, *(output["data"]["text/html"] for output in outputs), view.static()])
 
 
 def names(runs: Runs) -> list[str]:
@@ -143,6 +146,16 @@ def test_differences_of_source_are_those_that_the_runs_have_kept(root):
         record.write()
     text = Runs(root, ticked=[folder / "run-00", folder / "run-01"]).differences.value
     assert "nets.py:Net" in text and "a" * 12 in text and "b" * 12 in text and "nets.py:Data" not in text
+
+
+def test_a_ticked_run_leads_to_its_notebook(root):
+    folder = root / "Digits-DigitsNet" / "train" / "ddp" / "run-00"
+    write_notebook(folder / "train.ipynb", "lr = 1")
+    record = RunRecord.read(folder)
+    record.notebook = "train.ipynb"
+    record.write()
+    (output,) = Runs(root, ticked=[folder]).notebooks.outputs
+    assert f'href="{os.path.relpath(folder)}/train.ipynb"' in output["data"]["text/html"]
 
 
 def test_a_ticked_run_lies_below_the_root(root, tmp_path):
@@ -262,10 +275,11 @@ def test_what_others_have_written_is_text(tmp_path):
 @pytest.mark.timeout(120)
 def test_five_hundred_runs_answer_in_a_second(tmp_path):
     settings, root = settings_of_a_run(), tmp_path / "runs"
+    record = RunRecord(folder=root, status="finished", started=now(), settings=settings, metrics={"val_loss": 0.5})
     for number in range(500):
-        record = RunRecord(folder=root / "Digits-DigitsNet" / "train" / "ddp" / f"run-{number}", status="finished", started=now())
-        record.settings = settings | {"lr": 1e-4 * (number + 1)}
-        record.write()
+        record.settings["lr"], folder = 1e-4 * (number + 1), root / "Digits-DigitsNet" / "train" / "ddp" / f"run-{number}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(record.model_dump_json(exclude={"folder"}))
     Runs(root)  # pandas is imported
     times = {}
 

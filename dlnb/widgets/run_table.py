@@ -58,25 +58,28 @@ _HEIGHT = f"{ROW}px"
 _OWN = ("run",)  # the first column is made of it
 
 
-def _row(runs: RunList, row: dict[str, Any], columns: list[str]) -> list[Any]:
-    "The run as a name with a link to its notebook, and its values."
-    folder = Path(row["run"])
-    name, notebook = folder.relative_to(runs.root).as_posix(), runs.notebooks.get(row["run"])
-    return [_linked(folder / notebook, runs.root, name) if notebook else name, *(row[column] for column in columns)]
-
-
-def _linked(notebook: Path, root: Path, name: str) -> Html:
+def run_html(runs: RunList, run: str) -> Html:
+    "A run's name, with a link to its notebook where it has one below the root."
+    folder, notebook = Path(run), runs.notebooks.get(run)
+    name = as_html(folder.relative_to(runs.root).as_posix())
     try:
-        return link_html(confined(notebook, root), name) if notebook.is_file() else as_html(name)
+        return link_html(confined(folder / notebook, runs.root), name) if notebook and (folder / notebook).is_file() else name
     except (ValueError, OSError):  # a record may name anything
-        return as_html(name)
+        return name
 
 
-def page_html(runs: RunList, number: int, size: int, columns: list[str]) -> Html:
+def page_html(
+    runs: RunList,
+    number: int,  # of the page
+    size: int,  # rows
+    columns: list[str],
+    linked: bool = False,  # to the notebooks
+) -> Html:
     "The rows of a page as a table."
     shown = [column for column in columns if column in runs.table.columns and column not in _OWN]
     rows = runs.page(number, size).astype(object).to_dict("records")
-    return table_html(["run", *shown], [_row(runs, row, shown) for row in rows])
+    names = [run_html(runs, row["run"]) if linked else Path(row["run"]).relative_to(runs.root).as_posix() for row in rows]
+    return table_html(["run", *shown], [[name, *(row[column] for column in shown)] for name, row in zip(names, rows)])
 
 # %% ../../nbs/widgets/03_run_table.ipynb #b92b68f9
 class _Page:

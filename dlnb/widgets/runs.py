@@ -17,7 +17,7 @@ from ..tracking.comparison import compare, plot_runs, prune
 from ..tracking.curves import read_metrics
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
-from .run_table import PAGE, RunTable, page_html
+from .run_table import PAGE, RunList, RunTable, page_html, run_html
 from .view import Field, Html, View, as_html, confined, fault, frame_html, picture, picture_html, show, table_html
 
 # %% ../../nbs/widgets/04_runs.ipynb #9c928947
@@ -80,6 +80,13 @@ def differences_html(folders: Collection[str]) -> Html:
     names = list(settings.columns)
     parts = [frame_html(settings, "setting or result"), table_html(["source", *names], sources, headed=True)]
     return Html("<br>".join(parts) if sources else f"{parts[0]}<br>The source of the model and the data is the same.")
+
+# %% ../../nbs/widgets/04_runs.ipynb #f1a2f308
+def links(runs: RunList, folders: Collection[str]) -> tuple[dict[str, Any], ...]:
+    "An output with a line per run."
+    lines = "".join(f"<div>{run_html(runs, folder)}</div>" for folder in folders) or "Tick a run."
+    text = "\n".join(map(str, folders))
+    return ({"output_type": "display_data", "data": {"text/html": lines, "text/plain": text}, "metadata": {}},)
 
 # %% ../../nbs/widgets/04_runs.ipynb #dedcec19
 def unneeded(root: Path, folders: Collection[str], delete: bool = False) -> tuple[Any, list[str]]:
@@ -181,6 +188,7 @@ class _Test:
 class _RunsView(View):
     "What the parts of `Runs` show of the ticked runs."
 
+    notebooks: widgets.Output
     table: RunTable
     curves: _Curves
     differences: widgets.HTML
@@ -192,6 +200,7 @@ class _RunsView(View):
         self.test.folders = self.deletion.folders = folders
         self.deletion.close()
         self.curves.update(folders)
+        self.notebooks.outputs = links(self.table.runs, folders)
         try:
             self.differences.value = differences_html(folders)
         except ValueError as error:  # its folder is gone
@@ -199,7 +208,11 @@ class _RunsView(View):
 
     def static(self) -> str:
         table, columns = self.table, list(self.table.choice.columns.value)
-        parts = [page_html(table.runs, 0, PAGE, columns), f"{len(table.runs.table)} of {len(table.runs.parts)} runs", table.left_out.value]
+        parts = [
+            page_html(table.runs, 0, PAGE, columns, linked=True),
+            f"{len(table.runs.table)} of {len(table.runs.parts)} runs",
+            table.left_out.value,
+        ]
         if table.runs.ticked:
             text = f"{self.curves.metric.control.value} of the ticked runs"
             parts += [picture_html(self.curves.picture.value, text), self.differences.value]
@@ -219,12 +232,12 @@ class Runs(_RunsView):
         columns: Collection[str] = (),  # none for those that a reader wants first
         ticked: Collection[str | Path] = (),  # folders of runs
     ):
-        self.curves, self.differences = _Curves(), widgets.HTML()
+        self.curves, self.differences, self.notebooks = _Curves(), widgets.HTML(), widgets.Output()
         self.table = RunTable(root, self.show_ticked, where, list(columns))
         folder = self.table.runs.root
         self.test, self.deletion = _Test(folder, self.table.read), Deletion(folder, self.table.read)
         actions = widgets.HBox([self.test.panel, self.deletion.panel], layout=widgets.Layout(flex_flow="row wrap"))
-        parts = {"Curves": self.curves.panel, "Differences": self.differences, "Test, delete": actions}
+        parts = {"Curves": self.curves.panel, "Differences": self.differences, "Notebooks": self.notebooks, "Test, delete": actions}
         self.panel = widgets.VBox([self.table.panel, widgets.Tab(list(parts.values()), titles=list(parts))])
         self.table.runs.ticked = [str(confined(run, root)) for run in ticked]
         self.table.show()
