@@ -11,7 +11,7 @@ from wandb_files import wandb_runs
 
 from dlnb.training.build import build_model
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(params=OPTIMIZERS)

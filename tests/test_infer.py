@@ -19,7 +19,7 @@ from dlnb.config import RunConfig
 from dlnb.infer import evaluate, predict
 from dlnb.training.build import build_data, build_model
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 QUIET = {"enable_progress_bar": False}
 
 

@@ -12,7 +12,7 @@ from rank_kernels import Kernel
 from safetensors.torch import load_file
 from warm import warm_python
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
