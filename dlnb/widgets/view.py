@@ -101,7 +101,7 @@ def link_html(path: Path, text: str) -> Html:
 # %% ../../nbs/widgets/02_view.ipynb #7f6391ac
 def png(figure: Any) -> bytes:  # of a matplotlib Figure
     target = BytesIO()
-    figure.savefig(target, format="png", dpi=100)
+    figure.savefig(target, format="png", dpi=100, bbox_inches="tight")
     return target.getvalue()
 
 
