@@ -22,9 +22,10 @@ from .launch.environment import external_rank, is_first, job_environment
 from .launch.external import job_variables, run_external_rank
 from .launch.job_folder import job_folder, note_run, restore
 from .launch.nodes import meeting, meeting_place
-from .launch.notebook_view import CellText, describe, in_kernel
+from .launch.notebook_view import describe
 from .launch.parameters import check_parameters, parameter_names, parameter_value
 from .launch.rank_record import Rank
+from .system.display import CellText, shows_displays
 
 # %% ../nbs/09_engine.ipynb #c651baec
 AUTOSAVE = 2.0  # seconds between two writings of the output notebook, at most
@@ -159,7 +160,7 @@ def _execute(notebook: str | Path, output: str | Path | None, parameters: Mappin
     import papermill
 
     text, name = CellText(), Path(notebook).name
-    view = (lambda node: text.show(f"{name} · {describe(node)}")) if in_kernel() else None
+    view = (lambda node: text.show(f"{name} · {describe(node)}")) if shows_displays() else None
     executed = papermill.execute_notebook(
         str(notebook), str(output) if output else None, dict(parameters), engine_name="dlnb", progress_bar=False, view=view
     )

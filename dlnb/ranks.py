@@ -50,7 +50,7 @@ class Ranks:
 
     def __getitem__(self, expression: str) -> list[Any]:
         "The value of an expression, one per rank."
-        return self.session.value("get", expression)
+        return self.session.get(expression)
 
     def __setitem__(self, name: str, value: Any) -> None:
         "Set a variable on all ranks."

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,19 @@ def launch(environment):
             return launch(*arguments, **settings)
 
     return launch_warm
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "An empty working directory; what is started from it starts at once, and no job of its root is left."
+    from dlnb.engine import jobs
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", warm_python())
+    yield tmp_path
+    for job in jobs():
+        if job.process.is_running:
+            os.kill(job.process.pid, signal.SIGKILL)
 
 
 def write_notebook(path: Path, *cells: str) -> Path:

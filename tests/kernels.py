@@ -1,11 +1,16 @@
 """A kernel as Jupyter starts one, with what its cells show."""
 
+import re
 import time
 from pathlib import Path
 from queue import Empty
+from typing import NamedTuple
 
+import psutil
 from jupyter_client import KernelManager
-from warm import warm_python
+from warm import descendants, warm_python
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Kernel:
@@ -17,11 +22,11 @@ class Kernel:
         self.manager.start_kernel(cwd=str(folder))
         self.client = self.manager.blocking_client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=90)
 
-    def start(self, code: str) -> str:
+    def start(self, code: str, **options) -> str:
         "Execute a cell without waiting for it; its number."
-        return self.client.execute(code)
+        return self.client.execute(code, **options)
 
     def messages(self, cell: str, timeout: float = 120):
         "What a cell sends, until it has ended."
@@ -60,3 +65,50 @@ class Kernel:
         if self.manager.is_alive():
             self.manager.shutdown_kernel(now=True)
         self.manager.cleanup_resources()
+
+
+class Shown(NamedTuple):
+    "What a cell has shown."
+
+    text: str  # that was printed
+    displays: list[dict]  # by MIME type, updates among them
+    error: str  # its name, its sentence and its traceback; empty where it has none
+
+    @property
+    def value(self) -> str:
+        return self.displays[-1]["text/plain"]
+
+
+class FamilyKernel(Kernel):
+    "A kernel of whose processes none may be left."
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.process = psutil.Process(self.manager.provisioner.process.pid)
+        self.family: dict[int, psutil.Process] = {}
+
+    def run(self, code: str, timeout: float = 120, interrupt_after: str = "") -> Shown:
+        "Execute a cell; press Stop when its output has that text."
+        texts, displays, error = [], [], ""
+        for kind, content in self.messages(self.start(code), timeout):
+            self.look()
+            if kind == "stream":
+                texts.append(content["text"])
+            elif kind in ("display_data", "execute_result", "update_display_data"):
+                displays.append(content["data"])
+            elif kind == "error":
+                error = ANSI.sub("", "\n".join([f"{content['ename']}: {content['evalue']}", *content["traceback"]]))
+            if interrupt_after and interrupt_after in "".join(texts) + str(displays):
+                self.interrupt()
+                interrupt_after = ""
+        return Shown("".join(texts), displays, error)
+
+    def look(self) -> None:
+        self.family |= {process.pid: process for process in descendants(self.process)}
+
+    def end(self) -> list[psutil.Process]:
+        "End the kernel at once, and return what is left of all it has started."
+        self.look()
+        self.kill()
+        _, left = psutil.wait_procs(self.family.values(), timeout=15)
+        return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

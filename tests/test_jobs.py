@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -12,7 +11,7 @@ import pytest
 from conftest import TRAIN, is_running, write_notebook
 from kernels import Kernel
 from papermill.exceptions import PapermillExecutionError
-from warm import descendants, warm_python
+from warm import descendants
 
 from dlnb.engine import jobs, launch
 from dlnb.errors import ParameterError, RankError
@@ -20,7 +19,7 @@ from dlnb.launch.background import Job
 from dlnb.system.atomic import write_json
 from dlnb.system.processes import Process
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("place")]
 
 COUNT = "import time\nfor i in range(n):\n    print('at', i, flush=True)\n    time.sleep(0.05)"
 RANKS = """
@@ -29,17 +28,6 @@ rank = int(os.environ.get("LOCAL_RANK", 0))
 if rank == 0:
     subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"})
 """
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    "An empty folder; what is started from it starts at once."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", warm_python())
-    yield tmp_path
-    for job in jobs():
-        if job.process.is_running:
-            os.kill(job.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture

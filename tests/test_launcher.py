@@ -1,9 +1,6 @@
 """The launcher: a form of any notebook's parameters, driven as a person would, in a real kernel; and what is left of it without a front end."""
 
 import json
-import os
-import signal
-import sys
 import time
 
 import nbformat
@@ -11,13 +8,12 @@ import pytest
 from conftest import TRAIN, write_notebook
 from ipywidgets import HTML
 from kernels import Kernel
-from warm import warm_python
 
 from dlnb.engine import jobs
 from dlnb.widgets.form import Form
 from dlnb.widgets.launcher import Launcher
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("place")]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 COUNT = "import time\nfor i in range(n):\n    print('epoch', f'{i}/{n}', flush=True)\n    time.sleep(0.05)"
 TRAINED = """
@@ -32,16 +28,6 @@ for step in range(n):
     print(f"epoch {step + 1}/{n} $x_{{ <b>loss</b>", flush=True)
     time.sleep(0.1)
 """
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", warm_python())
-    yield tmp_path
-    for job in jobs():
-        if job.process.is_running:
-            os.kill(job.process.pid, signal.SIGKILL)
 
 
 def inside(widget):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_notebook
-from rank_kernels import Kernel
+from kernels import FamilyKernel
 from safetensors.torch import load_file
 from warm import warm_python
 
@@ -25,7 +25,7 @@ def warm(environment):
 @pytest.fixture(scope="module")
 def kernel(warm, tmp_path_factory):
     "One kernel for all tests of this file that leave it as it is."
-    kernel = Kernel(tmp_path_factory.mktemp("kernel"))
+    kernel = FamilyKernel(tmp_path_factory.mktemp("kernel"))
     kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
     yield kernel
     assert kernel.end() == []
@@ -159,7 +159,7 @@ task |= dict(root="runs")
 
 @pytest.fixture(scope="module")
 def trainer(warm, tmp_path_factory):
-    kernel = Kernel(folder := tmp_path_factory.mktemp("trainer"))
+    kernel = FamilyKernel(folder := tmp_path_factory.mktemp("trainer"))
     assert kernel.run(FIT).error == ""
     kernel.folder = folder
     yield kernel
@@ -214,7 +214,7 @@ def test_an_exception_of_a_rank_is_raised_in_the_kernel_whose_variables_survive(
 
 
 def test_a_killed_rank_is_told_by_its_signal_and_the_kernel_goes_on(warm, tmp_path):
-    kernel = Kernel(tmp_path)
+    kernel = FamilyKernel(tmp_path)
     kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
     shown = kernel.run("%%ranks\nimport os, signal, time\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", timeout=30)
     assert "RankDied" in shown.error and "killed by SIGKILL" in shown.error
@@ -226,7 +226,7 @@ def test_a_killed_rank_is_told_by_its_signal_and_the_kernel_goes_on(warm, tmp_pa
 
 @pytest.mark.soak
 def test_the_ranks_end_with_their_kernel(warm, tmp_path):
-    kernel = Kernel(tmp_path)
+    kernel = FamilyKernel(tmp_path)
     kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
     kernel.run("%%ranks\nimport os\npid = os.getpid()")
     pids = json.loads(kernel.run("ranks['pid']").value)

@@ -10,6 +10,7 @@ import ipywidgets
 import optuna
 import pytest
 from conftest import write_notebook
+from kernels import Kernel
 
 from dlnb.config import RunConfig
 from dlnb.search.plan import open_study, plan_search
@@ -396,17 +397,12 @@ def test_a_card_follows_a_training(tmp_path):
     assert not card.look() and "ends in" not in card.table.value and card.bar.bar_style == "success"
 
 
-class Kernel:
+class AskedKernel(Kernel):
     "A kernel, asked as a front end asks, or as papermill does."
-
-    def __init__(self):
-        from jupyter_client.manager import start_new_kernel
-
-        self.manager, self.client = start_new_kernel(kernel_name="python3")
 
     def displayed(self, code: str, stdin: bool, wait_for: str = "display_data") -> dict:
         "The data of the first message of a type."
-        self.client.execute(code, allow_stdin=stdin)
+        self.start(code, allow_stdin=stdin)
         return self.message(wait_for)["content"]["data"]
 
     def message(self, kind: str, within: float = 60) -> dict:
@@ -418,16 +414,12 @@ class Kernel:
                 return message
         raise AssertionError(f"no {kind} in {within} s")
 
-    def end(self) -> None:
-        self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
-
 
 @pytest.fixture(scope="module")
-def kernel():
-    kernel = Kernel()
+def kernel(tmp_path_factory):
+    kernel = AskedKernel(tmp_path_factory.mktemp("kernel"))
     yield kernel
-    kernel.end()
+    kernel.kill()
 
 
 WIDGET = "application/vnd.jupyter.widget-view+json"

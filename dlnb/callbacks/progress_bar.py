@@ -13,33 +13,21 @@ from collections.abc import Callable
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
+from ..system.display import CellText, shows_displays
+
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #37c64f74
-def shows_displays() -> bool:
-    "Whether what this process displays is shown in a notebook: it is a kernel, or a rank that sends it to one."
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    return getattr(shell, "kernel", None) is not None or getattr(shell, "sends_displays", False)
-
-
 class Line:
     "One line, each in the place of the last one: in a notebook, or in a terminal."
 
     def __init__(self) -> None:
-        self.handle, self.text = None, ""
+        self.cell, self.text = CellText(), ""
 
     def show(self, text: str) -> None:
-        if text == self.text:
-            return
-        from IPython.display import display
-
-        self.text = text
-        if not shows_displays():
+        if shows_displays():
+            self.cell.show(text)
+        elif text != self.text:
+            self.text = text
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif self.handle is None:
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
-        else:
-            self.handle.update({"text/plain": text}, raw=True)
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #9fa6948e
 def _of(done: int, total: int | float | None) -> str:

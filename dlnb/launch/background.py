@@ -26,9 +26,10 @@ import nbformat
 
 from ..errors import ParameterError, RankError
 from .environment import job_environment
-from .notebook_view import CellText, describe, in_kernel, tail_of
+from .notebook_view import describe, tail_of
 from .parameters import check_parameters, parameter_value
 from ..system.atomic import write_json
+from ..system.display import CellText, shows_displays
 from ..system.files import read_json
 from ..system.log import log
 from ..system.processes import Process, began_at, machine
@@ -67,6 +68,15 @@ def _argument(name: str, value: Any) -> list[str]:
 def papermill_arguments(parameters: Mapping[str, Any]) -> list[str]:
     "papermill's arguments for parameters. Raises `ParameterError` for a value that would not arrive as it is."
     return [word for name, value in parameters.items() for word in _argument(name, value)]
+
+
+def papermill_command(
+    notebook: str,
+    parameters: Mapping[str, Any],
+    output: str = "out.ipynb",
+) -> str:
+    "The command that runs a notebook, for a shell. Raises `ParameterError` for a value that would not arrive as it is."
+    return shlex.join(["papermill", notebook, output, "--engine", "dlnb", *papermill_arguments(parameters)])
 
 # %% ../../nbs/launch/26_background.ipynb #57604d26
 JOBS = ".jobs"  # the folder of the jobs, in the root of the runs
@@ -244,7 +254,7 @@ def show(job: WatchedJob) -> None:
     while True:
         is_over, described = not job.is_running, job.describe()
         head = described.partition("\n")[0].rpartition(" · ")[0]
-        if in_kernel():
+        if shows_displays():
             text.show(described)
         elif is_over or head != shown:
             log.info(described if is_over else head)

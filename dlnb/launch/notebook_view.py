@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/launch/20_notebook_view.ipynb #745d5122
 import re
-import sys
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -60,31 +59,3 @@ def describe(
     source = [f"> {line[:WIDTH]}" for line in cells[place].source.splitlines() if line.strip()]
     source = source[:3] + ["> ..."] * (len(source) > 3)
     return "\n".join([f"cell {place + 1} of {len(cells)} · {_elapsed(notebook)}", *source, *tail_of(cells[place].outputs)])
-
-# %% ../../nbs/launch/20_notebook_view.ipynb #bbc33e81
-def in_kernel() -> bool:
-    "Whether what this process displays is shown in a notebook."
-    if "IPython" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None) is not None
-
-
-class CellText:
-    "One text in a cell's output, replaced when it changes."
-
-    def __init__(self) -> None:
-        self.handle: Any = None
-        self.text = ""
-
-    def show(self, text: str) -> None:
-        if text == self.text:
-            return
-        from IPython.display import display
-
-        self.text = text
-        if self.handle is None:
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
-        else:
-            self.handle.update({"text/plain": text}, raw=True)

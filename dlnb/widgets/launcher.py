@@ -7,7 +7,6 @@ __all__ = ['Launcher']
 
 # %% ../../nbs/widgets/11_launcher.ipynb #9aadc463
 import re
-import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from ..engine import launch
-from ..launch.background import Job, jobs, papermill_arguments
+from ..launch.background import Job, jobs, papermill_command
 from ..tracking.curves import plot_metrics
 from .form import Form, text_of
-from .view import Field, Html, View, Watch, as_html, picture, picture_html, png, table_html
+from .view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/widgets/11_launcher.ipynb #6a610133
 EPOCH = re.compile(r"epoch (\d+)/(\d+)")
@@ -46,7 +45,6 @@ class Curves:
     def __init__(self) -> None:
         self.picture = picture()
         self.known: tuple = ()  # what was drawn: the run, and when its file was written
-        self.content = b""  # PNG
 
     def update(self, run: Path | None) -> None:
         "Draw them, where metrics.csv has changed."
@@ -55,11 +53,15 @@ class Curves:
             state = (run, (run / "metrics.csv").stat().st_mtime_ns) if run else ()
         if state == self.known:
             return
-        self.known, self.content = state, b""
+        self.known, content = state, b""
         with suppress(ValueError, OSError):  # nothing is logged yet, or a name is no text for matplotlib
-            self.content = png(plot_metrics(run)) if state else b""
-        self.picture.value = self.content
-        self.picture.layout.display = "" if self.content else "none"
+            content = png(plot_metrics(run)) if state else b""
+        show(self.picture, content)
+
+    @property
+    def content(self) -> bytes:
+        "The picture, a PNG; empty where there is none."
+        return self.picture.value
 
 # %% ../../nbs/widgets/11_launcher.ipynb #08c15677
 class JobView(View):
@@ -175,8 +177,7 @@ class _Launcher(View):
         if self.form is None or self.form.faults:
             return
         with self.message.checked():
-            words = ["papermill", self.notebook.control.value, "OUT.ipynb", "--engine", "dlnb", *papermill_arguments(self.form.given)]
-            self.command.value = text_html(shlex.join(words))
+            self.command.value = text_html(papermill_command(self.notebook.control.value, self.form.given, "OUT.ipynb"))
             self.run.disabled = False
 
     def open(self) -> None:

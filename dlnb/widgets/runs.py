@@ -18,7 +18,21 @@ from ..tracking.curves import read_metrics
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
 from .run_table import PAGE, RunList, RunTable, page_html, run_html
-from .view import Field, Html, View, as_html, confined, fault, frame_html, picture, picture_html, show, table_html
+from dlnb.widgets.view import (
+    Field,
+    Html,
+    View,
+    as_html,
+    confined,
+    fault,
+    frame_html,
+    picture,
+    picture_html,
+    png,
+    run_here,
+    show,
+    table_html,
+)
 
 # %% ../../nbs/widgets/04_runs.ipynb #9c928947
 def logged_by(folders: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -57,11 +71,11 @@ class _Curves:
         self.draw()
 
     def draw(self) -> None:
-        metric, figure = self.metric.control.value, None
+        metric, content = self.metric.control.value, b""
         with self.metric.checked():
             if metric is not None:
-                figure = plot_runs(*self.logged[metric], metric=metric, smoothing=self.smoothing.value)
-        show(self.picture, figure)
+                content = png(plot_runs(*self.logged[metric], metric=metric, smoothing=self.smoothing.value))
+        show(self.picture, content)
 
 # %% ../../nbs/widgets/04_runs.ipynb #39a454f3
 def source_differences(records: list[RunRecord]) -> list[list[str]]:
@@ -173,16 +187,11 @@ class _Test:
             return
         from dlnb.infer import evaluate  # imports Lightning
 
-        self.button.disabled, self.result.value = True, "It runs…"
-        try:
+        with run_here(self.button, self.result):
             with self.output:
                 record = evaluate(confined(self.folders[0], self.root), predictions=True, root=str(self.root))
             self.result.value = record._repr_mimebundle_()["text/html"]
             self.tested()
-        except Exception as error:  # whatever the model raises
-            self.result.value = fault(f"{type(error).__name__}: {error}")
-        finally:
-            self.button.disabled = False
 
 # %% ../../nbs/widgets/04_runs.ipynb #6e035ac8
 class _RunsView(View):

@@ -6,8 +6,6 @@
 __all__ = ['Study', 'Studies']
 
 # %% ../../nbs/widgets/05_study.ipynb #a368136c
-import json
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +16,7 @@ import ipywidgets as widgets
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from ..config import RunConfig
+from ..launch.background import papermill_command
 from ..search.reopened import ReopenedSearch, enqueue, enqueued_note, parameters_of, reopen
 from ..search.results import pictures_of, plot_study, trials_table
 from ..search.space import check_drawable
@@ -38,6 +37,8 @@ from dlnb.widgets.view import (
     picture,
     picture_html,
     png,
+    run_here,
+    show,
     table_html,
 )
 
@@ -77,9 +78,8 @@ class _Pictures:
             control.value = chosen
 
     def draw(self) -> None:
-        content, message = drawn(self.study, self.choice.control.value)
-        self.choice.message.value = message
-        self.picture.value, self.picture.layout.display = content, "" if content else "none"
+        content, self.choice.message.value = drawn(self.study, self.choice.control.value)
+        show(self.picture, content)
 
 
 def drawn(study: Any, name: str) -> tuple[bytes, str]:
@@ -154,10 +154,7 @@ def training_settings(search: ReopenedSearch) -> dict[str, Any]:
 
 def training_command(search: ReopenedSearch) -> str:
     "To train with the best parameters, in a shell."
-    words = ["papermill", "nbs/workflows/train.ipynb", "out.ipynb", "--engine", "dlnb"]
-    for name, value in training_settings(search).items():
-        words += ["-p", name, value if isinstance(value, str) else json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
-    return shlex.join(words)
+    return papermill_command("nbs/workflows/train.ipynb", training_settings(search))
 
 # %% ../../nbs/widgets/05_study.ipynb #bc3705b0
 class _Training:
@@ -180,15 +177,10 @@ class _Training:
     def train(self) -> None:
         from dlnb.trainer import fit  # imports Lightning
 
-        self.button.disabled, self.result.value = True, "It runs…"
-        try:
+        with run_here(self.button, self.result):
             with self.output:
                 record = fit(RunConfig(**training_settings(self.study.search)))
             self.result.value = record._repr_mimebundle_()["text/html"]
-        except Exception as error:  # whatever the model raises
-            self.result.value = fault(f"{type(error).__name__}: {error}")
-        finally:
-            self.button.disabled = False
 
 # %% ../../nbs/widgets/05_study.ipynb #d9949314
 SHOWN = 20  # trials of a table

@@ -20,7 +20,7 @@ import psutil
 from ..system.progress import PROGRESS, ProgressWatch
 from ..tracking.curves import plot_metrics, read_metrics
 from ..tracking.record import RunRecord
-from .view import View, Watch, as_html, as_text, fault, picture, picture_html, show, table_html
+from .view import View, Watch, as_html, as_text, fault, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/widgets/06_training_card.ipynb #36637a3d
 class Place(NamedTuple):
@@ -166,7 +166,7 @@ class _Card(View):
             return
         self.drawn = path.stat().st_mtime
         try:
-            show(self.curves, plot_metrics(self.folder))
+            show(self.curves, png(plot_metrics(self.folder)))
             self.note.value = ""
         except ValueError as error:
             self.note.value = fault(error)

@@ -118,10 +118,12 @@ def picture() -> widgets.Image:
     return widgets.Image(format="png", layout=layout)
 
 
-def show(place: widgets.Image, figure: Any | None) -> None:
-    "Put a figure into its place; None empties it."
-    place.value = b"" if figure is None else png(figure)
-    place.layout.display = "none" if figure is None else ""
+def show(
+    place: widgets.Image,
+    content: bytes,  # PNG; empty for none
+) -> None:
+    "Put a picture into its place, which takes no room without one."
+    place.value, place.layout.display = content, "" if content else "none"
 
 # %% ../../nbs/widgets/02_view.ipynb #6b496459
 class Field:
@@ -139,6 +141,18 @@ class Field:
             yield
         except (ValueError, OSError) as error:
             self.message.value = fault(error)
+
+# %% ../../nbs/widgets/02_view.ipynb #115e4aae
+@contextmanager
+def run_here(button: widgets.Button, result: widgets.HTML) -> Iterator[None]:
+    "What a button starts: it cannot be pressed meanwhile, and a failure is shown in place of the result."
+    button.disabled, result.value = True, "It runs…"
+    try:
+        yield
+    except Exception as error:
+        result.value = fault(f"{type(error).__name__}: {error}")
+    finally:
+        button.disabled = False
 
 # %% ../../nbs/widgets/02_view.ipynb #6d830c6f
 class Watch:
