@@ -22,7 +22,7 @@ CaptureShell(sys.argv[1]).run_all(read_nb(sys.argv[1]), exc_stop=True)
 IN_KERNEL = "from nbclient.cli import main; main()"
 OF_CELLS = ("02_sources", "03_fingerprint", "10_kept_source")  # they look at what a kernel's cells define
 LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial", "index")  # half a minute each, and more
-COLD = ("04_strategy", "06_lock", "07_progress")  # they look at what a process imports, and stop processes by their ids
+COLD = ("04_strategy", "06_lock", "07_progress", "00_place")  # they look at what a process imports, and know processes by their ids
 
 
 @pytest.mark.timeout(300)
@@ -32,9 +32,12 @@ COLD = ("04_strategy", "06_lock", "07_progress")  # they look at what a process 
     ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix(),
 )
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
-    shutil.copy(path, tmp_path)
+    folder = tmp_path / path.parent.name
+    folder.mkdir()
+    shutil.copy(path, folder)
+    (tmp_path / "workflows").symlink_to(REPOSITORY / "nbs" / "workflows")
     python = sys.executable if path.stem in COLD else warm_python()
-    done = run(python, "-c", IN_KERNEL if path.stem in OF_CELLS else EXECUTE, path.name, cwd=tmp_path)
+    done = run(python, "-c", IN_KERNEL if path.stem in OF_CELLS else EXECUTE, path.name, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
