@@ -15,8 +15,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import TRAIN
 from test_widgets import HOSTILE, checkpoints, write_run
 
+from dlnb.launch.background import jobs
 from dlnb.tracking.environment import now
 from dlnb.tracking.record import RunRecord
 
@@ -235,3 +237,71 @@ record.write()
         page.get_by_text("Trial 8 waits").wait_for()
         page.get_by_role("tab", name="Trials").click()
         page.get_by_role("cell", name="WAITING", exact=True).wait_for()
+
+
+@pytest.fixture
+def jobs_end(tmp_path, monkeypatch):
+    "Jobs outlive the page that has started them, not the test."
+    monkeypatch.chdir(tmp_path)
+    yield
+    for job in jobs():
+        if job.process.is_running:
+            os.kill(job.process.pid, signal.SIGKILL)
+
+
+def field(page, name: str):
+    return page.locator(".widget-text", has=page.locator("label", has_text=name)).locator("input").first
+
+
+def button(page, name: str):
+    return page.locator("button.widget-button:visible", has_text=name)
+
+
+def test_two_ranks_are_launched_from_the_form_watched_stopped_and_resumed(jobs_end, page, tmp_path):
+    shutil.copy(TRAIN, tmp_path)
+    code = "from dlnb.widgets.launcher import Launcher\nLauncher('train.ipynb', accelerator='cpu', devices=2, strategy='ddp')"
+    notebook = write_page(tmp_path / "page.ipynb", code)
+    with lab(page, tmp_path, notebook):
+        button(page, "Run").wait_for()
+        field(page, "max_epochs").fill("many")
+        page.locator("[role=alert]", has_text="integer").wait_for()
+        assert button(page, "Run").is_disabled()
+        field(page, "max_epochs").fill("60")
+        field(page, "batch_size").fill("16")
+        page.locator("button.widget-button:not([disabled])", has_text="Run").wait_for()
+        assert "papermill train.ipynb" in page.locator("pre", has_text="papermill").inner_text()
+        button(page, "Run").click()
+        page.locator("img.widget-image:visible").wait_for()
+        first = page.locator("img.widget-image:visible").get_attribute("src")
+        page.wait_for_function("src => document.querySelector('img.widget-image').src !== src", arg=first)
+        page.screenshot(path=tmp_path / "launcher.png", full_page=True)
+        button(page, "Stop").click()
+        page.locator("pre", has_text="· preempted ·").wait_for()
+        button(page, "Resume").click()
+        page.locator("pre", has_text="· running ·").wait_for()
+    (job,) = jobs()
+    assert job.status == "running"  # JupyterLab has ended with its kernels, the job has not
+    with lab(page, tmp_path, write_page(tmp_path / "page.ipynb", code)):
+        chosen = page.locator(".widget-dropdown", has=page.locator("label", has_text="job")).locator("select").last
+        chosen.select_option(label=job.id)
+        assert job.wait(timeout=200) == "finished"
+        page.locator("pre", has_text="· finished ·").wait_for()
+        page.locator("pre", has_text="val_acc").wait_for()
+
+
+def test_a_foreign_notebook_cannot_act_through_the_page(jobs_end, page, tmp_path):
+    hostile = HOSTILE.replace("alert(1)", "window.acted=1")
+    notebook = write_page(
+        tmp_path / "theirs.ipynb", f"n = 1  # {hostile}\n# {hostile}\ntext = {hostile!r}", f"print({hostile!r})\n{hostile!r}"
+    )
+    theirs = nbformat.read(notebook, 4)
+    theirs.cells[0].metadata["tags"] = ["parameters"]
+    theirs.cells.append(nbformat.v4.new_code_cell(f"raise ValueError({hostile!r})"))
+    nbformat.write(theirs, notebook)
+    own = write_page(tmp_path / "page.ipynb", "from dlnb.widgets.launcher import Launcher\nLauncher('theirs.ipynb')")
+    with lab(page, tmp_path, own):
+        button(page, "Run").click()
+        shown = page.locator("pre", has_text="· failed ·")
+        shown.wait_for()
+        assert "onerror" in shown.inner_text()
+        assert page.evaluate("window.acted") is None

@@ -170,6 +170,7 @@ class ParameterField(Field):
     ):
         super().__init__(_control(parameter, choices(parameter)))
         self.parameter, self.is_checked = parameter, is_checked
+        self.panel.layout.flex = "0 0 auto"  # the comment beside it takes no room away
         self.row = widgets.HBox([self.panel, widgets.HTML(f'<span style="opacity:.7">{as_html(parameter.help)}</span>')])
 
     @property

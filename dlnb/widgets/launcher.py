@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from ..engine import launch
 from ..launch.background import Job, jobs, papermill_command
 from ..tracking.curves import plot_metrics
-from .form import Form, text_of
+from .form import NAME, WIDTH, Form, text_of
 from .view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/widgets/11_launcher.ipynb #6a610133
@@ -220,9 +220,11 @@ class Launcher(_Launcher):
     ):
         self.root, self.started = root, {}
         found = notebooks_below(Path())
-        wide = widgets.Layout(width="520px")
+        wide = widgets.Layout(width=WIDTH)
         path = str(notebook) if notebook else next(iter(found), "")
-        self.notebook = Field(widgets.Combobox(value=path, options=found, description="notebook", continuous_update=False, layout=wide))
+        self.notebook = Field(
+            widgets.Combobox(value=path, options=found, description="notebook", continuous_update=False, style=NAME, layout=wide)
+        )
         self.place, self.command, self.message = widgets.VBox(), widgets.HTML(), Field(widgets.HTML())
         self.run = widgets.Button(description="Run", icon="rocket", button_style="primary")
         self.jobs, self.job = widgets.Dropdown(description="job", layout=wide), WatchedView()
