@@ -29,6 +29,7 @@ from .training.plan import RunPlan, check_fits, check_trainable, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
 from .training.trainer import build_trainer, quiet_lightning
+from .views.live import ShowCard, live_card
 
 # %% ../nbs/07_trainer.ipynb #00f672b0
 REMEDY = "Wait for it, end it, or give resume='never' to train beside it."
@@ -54,9 +55,10 @@ def fit(
         log.info(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
         return record
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
-    if needs_ranks(config):
-        return on_ranks(config, _train, config, record, model, data, callbacks)
-    return _train(config, record, model, data, callbacks)
+    with live_card(record) as card:
+        if needs_ranks(config):
+            return on_ranks(config, _train, config, record, model, data, callbacks, card=card)
+        return _train(config, record, model, data, callbacks if card is None else [*callbacks, ShowCard(card)])
 
 # %% ../nbs/07_trainer.ipynb #cfc7b6aa
 def _train(

@@ -178,7 +178,7 @@ def test_runs_are_compared_in_jupyterlab_and_their_notebooks_opened(folder, page
 
 
 def test_a_card_moves_in_jupyterlab_and_stays_in_the_file(folder, page, tmp_path):
-    code = "from dlnb.widgets.training_card import TrainingCard\nTrainingCard('../runs/trains', every=0.5)"
+    code = "from dlnb.views.training_card import TrainingCard\nTrainingCard('../runs/trains', every=0.5)"
     notebook, run = write_page(folder / "nbs" / "page.ipynb", code), folder / "runs" / "trains"
     with lab(page, folder, notebook):
         page.get_by_text("10 of 100").wait_for()

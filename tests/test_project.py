@@ -27,7 +27,7 @@ INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
     "errors system formats consolidate loading data optimizers optim strategy settings config tracking track checkpoint callbacks predictions launch session "
-    "training trainer infer engine search tuner ranks widgets examples new"
+    "views training trainer infer engine search tuner ranks widgets examples new"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
 

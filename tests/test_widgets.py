@@ -21,9 +21,9 @@ from dlnb.system.lock import find_holder, hold
 from dlnb.system.processes import Process
 from dlnb.tracking.environment import now
 from dlnb.tracking.record import RunRecord
+from dlnb.views.training_card import TrainingCard
 from dlnb.widgets.runs import Runs
 from dlnb.widgets.study import Studies, Study
-from dlnb.widgets.training_card import TrainingCard
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
 TASK |= dict(accelerator="cpu", devices=1, batch_size=64, trainer_args={"enable_progress_bar": False})
@@ -436,7 +436,7 @@ def test_papermill_gets_pictures_and_tables_and_a_page_the_widget_beside_them(ke
 @pytest.mark.timeout(150)
 def test_a_card_is_brought_up_to_date_in_the_file_when_the_training_ends(kernel, tmp_path):
     record = write_run(tmp_path / "run", status="running")
-    code = f"from dlnb.widgets.training_card import TrainingCard; TrainingCard({str(record.folder)!r}, every=0.2)"
+    code = f"from dlnb.views.training_card import TrainingCard; TrainingCard({str(record.folder)!r}, every=0.2)"
     data = kernel.displayed(code, stdin=True)
     assert WIDGET in data and "running" in data["text/html"]
     record.status, record.ended = "failed", now()

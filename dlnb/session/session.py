@@ -100,6 +100,7 @@ class Exchange:
         self.processes, self.output, self.watch = processes, output, watch
         self.answers, self.interrupts, self.number = Answers(ranks), 0, next(_numbers)
         self.ended = ""  # why these ranks cannot go on
+        self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
 
     def run(self, request: tuple) -> Answers:
         "Send it, and show what the ranks print until all have answered."
@@ -110,6 +111,7 @@ class Exchange:
                 for rank, message in self.processes.receive(0.05):
                     self.take(rank, message)
                 self.output.show()
+                self.meanwhile()
                 self.look()
         self.finish()
         self.output.show(last=True)
@@ -186,6 +188,7 @@ class Session:
     def __init__(self, world_size: int, share: Share = Share(), preload: tuple[str, ...] = ()):
         self.ranks, self.ended = frozenset(range(world_size)), ""  # why it has ended
         self.busy = threading.Lock()
+        self.meanwhile: Callable[[], None] = lambda: None  # called a few times a second while the ranks work
         self.temporary = tempfile.TemporaryDirectory(prefix="dlnb-ranks-")
         folder = Path(self.temporary.name)
         self.processes, self.watch = RankProcesses(), ProgressWatch(folder)
@@ -203,6 +206,7 @@ class Session:
         if not self.busy.acquire(blocking=False):
             raise RankError("These ranks are busy with another cell.")
         exchange = WatchedExchange(self.processes, self.output, self.watch, set(self.ranks if ranks is None else ranks))
+        exchange.meanwhile = self.meanwhile
         try:
             answers = exchange.run(request)
         finally:

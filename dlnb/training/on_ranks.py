@@ -16,6 +16,7 @@ from ..errors import Preempted
 from ..session.serve import dumped
 from ..session.session import Session
 from ..tracking.kept_source import notebook_names
+from ..views.live import LiveCard
 
 # %% ../../nbs/training/05_on_ranks.ipynb #446b88aa
 def needs_ranks(config: RunConfig) -> bool:
@@ -48,13 +49,21 @@ def interrupted(stopped: Preempted) -> KeyboardInterrupt:
     return error
 
 
-def on_ranks(config: RunConfig, function: Callable, *arguments: Any) -> Any:
+def on_ranks(
+    config: RunConfig,
+    function: Callable,
+    *arguments: Any,
+    card: LiveCard | None = None,  # kept up to date meanwhile
+) -> Any:
     "Call a function on fresh ranks, as many as the settings say, and return what it returns on rank 0."
     main = vars(sys.modules["__main__"])
     defined = {name: main[name] for name in notebook_names(config) if name in main}
     content = dumped((function, arguments, {}))  # what cannot be pickled fails before a rank is started
     with Session(config.world_size, preload=preloaded(config)) as session:
         session.request("define", dumped(defined), list(main.get("In", [])))
+        if card is not None:
+            pids = [process.pid for process in session.processes.processes]
+            session.meanwhile = lambda: card.look(pids)
         try:
             return session.value("call", content)[0]
         except Preempted as stopped:

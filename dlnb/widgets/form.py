@@ -17,7 +17,7 @@ import ipywidgets as widgets
 
 from ..launch.parameters import parameter_names, without_magics
 from ..settings.text import read_text
-from .view import Field, as_html, fault
+from ..views.view import Field, as_html, fault
 
 # %% ../../nbs/widgets/10_form.ipynb #6eacbf38
 class Parameter(NamedTuple):

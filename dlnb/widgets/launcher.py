@@ -16,8 +16,8 @@ import ipywidgets as widgets
 from ..engine import launch
 from ..launch.background import Job, jobs, papermill_command
 from ..tracking.curves import plot_metrics
+from ..views.view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 from .form import NAME, WIDTH, Form, text_of
-from .view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/widgets/11_launcher.ipynb #6a610133
 EPOCH = re.compile(r"epoch (\d+)/(\d+)")

@@ -15,7 +15,7 @@ import ipywidgets as widgets
 
 from ..tracking.catalogue import FIRST, find_records, listed_runs
 from ..tracking.query import EXAMPLE
-from .view import ROW, Field, Html, as_html, confined, fault, link_html, table_html
+from ..views.view import ROW, Field, Html, as_html, confined, fault, link_html, table_html
 
 # %% ../../nbs/widgets/03_run_table.ipynb #9688be74
 class RunList:

@@ -17,8 +17,7 @@ from ..tracking.comparison import compare, plot_runs, prune
 from ..tracking.curves import read_metrics
 from ..tracking.record import RunRecord
 from ..tracking.sources import changed
-from .run_table import PAGE, RunList, RunTable, page_html, run_html
-from dlnb.widgets.view import (
+from dlnb.views.view import (
     Field,
     Html,
     View,
@@ -33,6 +32,7 @@ from dlnb.widgets.view import (
     show,
     table_html,
 )
+from .run_table import PAGE, RunList, RunTable, page_html, run_html
 
 # %% ../../nbs/widgets/04_runs.ipynb #9c928947
 def logged_by(folders: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:

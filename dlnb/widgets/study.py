@@ -22,9 +22,10 @@ from ..search.results import pictures_of, plot_study, trials_table
 from ..search.space import check_drawable
 from ..search.trial_queue import best_trial
 from ..settings.text import read_text
+from ..system.display import is_batch
 from ..tracking.catalogue import runs
 from ..tracking.record import RunRecord
-from dlnb.widgets.view import (
+from dlnb.views.view import (
     Field,
     Html,
     View,
@@ -33,7 +34,6 @@ from dlnb.widgets.view import (
     as_text,
     fault,
     frame_html,
-    is_batch,
     picture,
     picture_html,
     png,
