@@ -45,7 +45,7 @@ setup(
     cmdclass={"sdist": SourceDistribution},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
-    extras_require={"app": requirements("app_requirements"), "dev": requirements("dev_requirements")},
+    extras_require={"app": requirements("app_requirements"), "dev": requirements("dev_requirements") + requirements("app_requirements")},
     entry_points={
         "papermill.engine": ["dlnb = dlnb.engine:DlnbEngine"],
         "nbdev": ["dlnb = dlnb._modidx:d"],
