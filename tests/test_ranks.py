@@ -192,7 +192,9 @@ def test_evaluate_in_a_kernel_works_on_ranks(trainer):
 
 def test_the_stop_button_saves_and_the_same_cell_resumes_to_the_same_bytes(trainer):
     fit = "record = fit(RunConfig(**task | dict(max_epochs=6), strategy='ddp', name={!r}))"
-    first, *_, last = [display["text/html"] for display in trainer.run(fit.format("whole")).displays if "<TrainingCard>" in display.values()]
+    first, *_, last = [
+        display["text/html"] for display in trainer.run(fit.format("whole")).displays if "<TrainingCard>" in display.values()
+    ]
     assert "rank 0" in first and "rank 1" in first
     assert "finished" in last and "6 of 6" in last and "samples/s" in last and "data:image/png" in last
     stopped = trainer.run(fit.format("stopped"), interrupt_after="epoch 2/6")

@@ -101,7 +101,9 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
     for other in psutil.process_iter():
         with suppress(psutil.NoSuchProcess):
             children.setdefault(other.ppid(), []).append(other)
-    for path in Path(tempfile.gettempdir()).glob("warm-*/*[0-9]"):  # by the client's id that of the process which was forked for it
+    for path in [
+        path for server in SERVERS for path in Path(server.args[-2]).parent.glob("*[0-9]")
+    ]:  # by a client's id that of its process
         with suppress(psutil.NoSuchProcess, ValueError, OSError):
             children.setdefault(int(path.name), []).append(psutil.Process(int(path.read_text())))
     found, parents = [], [process]
