@@ -102,7 +102,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    "background", [pytest.param(False, id="at once", marks=pytest.mark.soak), pytest.param(True, id="in the background")]
+)
 @pytest.mark.parametrize("act, code", [(kill, -signal.SIGKILL), (fill_the_disk, 3)], ids=["kill", "ENOSPC"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_at_every_system_call_a_complete_checkpoint_remains(tmp_path, kind, act, code, background):

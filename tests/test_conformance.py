@@ -125,6 +125,7 @@ def test_sigterm_stops_a_training_and_its_record_says_so(warm_papermill, tmp_pat
     assert (folder / "train.ipynb").is_file()
 
 
+@pytest.mark.soak
 def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_it(warm_papermill, tmp_path):
     root = tmp_path / "runs"
     job = start_training(warm_papermill, root)
@@ -147,6 +148,7 @@ def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_i
     assert len(steps) == len(set(steps)) == record["epoch"]
 
 
+@pytest.mark.soak
 def test_two_ranks_are_one_run_of_wandb_that_leads_to_the_executed_notebook(launch, tmp_path):
     folders = [launch(TRAIN, None, **RANKS, lr=lr, max_epochs=1, root=str(tmp_path), wandb="offline")[1] for lr in (1e-3, 2e-3)]
     runs = {one["run"].run_id: one for one in wandb_runs(tmp_path)}

@@ -314,6 +314,7 @@ def test_a_lost_connection_and_a_kill_are_less_of_a_cause():
     assert find_cause([lost]) is lost and find_cause([]) is None
 
 
+@pytest.mark.soak
 def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training, tmp_path):
     job = training(max_epochs=500, progress_timeout=15)
     wait_for(lambda: trains(tmp_path), job)

@@ -198,7 +198,7 @@ def odd(tmp_path) -> dict:
     return dict(run=str(tmp_path / "mean.ckpt"), model=f"{tmp_path / 'odd.py'}:Mean", accelerator="cpu", root=str(tmp_path))
 
 
-@pytest.mark.parametrize("data", ["OnlyTest", "Splits"])
+@pytest.mark.parametrize("data", ["OnlyTest", pytest.param("Splits", marks=pytest.mark.soak)])
 def test_data_that_can_only_be_tested_is_predicted_with_its_test(odd, data, launch, tmp_path):
     odd |= dict(data=f"{tmp_path / 'odd.py'}:{data}")
     tables = set()
@@ -221,9 +221,14 @@ def test_an_unknown_split_of_the_test_names_the_other_one(odd, data, tmp_path):
         evaluate(odd.pop("run"), True, data=f"{tmp_path / 'odd.py'}:{data}", devices=1, **odd)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    "fails, reason", [("a mean", "returned one value as 'whole' for a batch of 4"), ("raises", "KeyError: 'no such thing'")]
+    "fails, reason, ranks",
+    [
+        ("a mean", "returned one value as 'whole' for a batch of 4", 1),
+        ("raises", "KeyError: 'no such thing'", 2),
+        pytest.param("a mean", "returned one value as 'whole' for a batch of 4", 2, marks=pytest.mark.soak),
+        pytest.param("raises", "KeyError: 'no such thing'", 1, marks=pytest.mark.soak),
+    ],
 )
 def test_what_cannot_be_predicted_leaves_the_tests_metrics(odd, fails, reason, ranks, launch, tmp_path):
     odd |= dict(data=f"{tmp_path / 'odd.py'}:OnlyTest", model_args={"fails": fails}, devices=ranks)
@@ -255,6 +260,7 @@ for strategy in ("deepspeed_stage_3", "ddp"):
 TORCHRUN = pytest.param(["-m", "torch.distributed.run", "--nproc-per-node=2"], id="torchrun", marks=pytest.mark.soak)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("launcher", [pytest.param([], id="Lightning"), TORCHRUN])
 def test_ranks_train_and_test_again_and_again_though_the_group_ends_with_each_training(launcher, tmp_path):
     (tmp_path / "again.py").write_text(AGAIN)

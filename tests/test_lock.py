@@ -145,6 +145,7 @@ EVALUATE = "import sys; from dlnb.infer import evaluate; evaluate(sys.argv[1], *
 
 
 @isolated
+@pytest.mark.soak
 def test_two_evaluations_of_one_run_do_not_write_into_one_folder(trained, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     settings = dict(model=f"{tmp_path}/slow.py:SlowNet", model_args={"width": 8}, accelerator="cpu", root=str(tmp_path))

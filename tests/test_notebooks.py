@@ -21,7 +21,7 @@ CaptureShell(sys.argv[1]).run_all(read_nb(sys.argv[1]), exc_stop=True)
 """
 IN_KERNEL = "from nbclient.cli import main; main()"
 OF_CELLS = ("02_sources", "03_fingerprint", "10_kept_source")  # they look at what a kernel's cells define
-LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial", "index")  # half a minute each, and more
+LONG = ("11_examples", "10_tuner", "04_strategy", "05_trial", "index", "07_trainer", "11_launcher", "05_study")  # 20 seconds each, and more
 COLD = ("04_strategy", "06_lock", "07_progress", "00_place")  # they look at what a process imports, and know processes by their ids
 
 
@@ -41,6 +41,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.soak
 def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", warm_python())
     from nbclient import NotebookClient
@@ -52,6 +53,7 @@ def test_the_workflow_runs_by_hand_cell_by_cell(tmp_path, monkeypatch):
     assert '"finished"' in record.read_text()
 
 
+@pytest.mark.soak
 def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
     readme = (REPOSITORY / "README.md").read_text()
     (command,) = re.findall(r"^    pip install -e \. && (papermill .*)$", readme, flags=re.MULTILINE)

@@ -176,7 +176,7 @@ def test_a_score_that_is_nan_is_never_the_best(tmp_path, monkeypatch):
     assert kept.best_checkpoint is None and checkpoints_of(kept.folder) == ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
 
 
-@pytest.mark.parametrize("way", ["moved", "copied", "linked"])
+@pytest.mark.parametrize("way", ["moved", *(pytest.param(way, marks=pytest.mark.soak) for way in ("copied", "linked"))])
 @pytest.mark.parametrize("scores", ["[2, 1, 3, 3, 3, 3]", "[2, 1, NaN, NaN, 1.5, 1.5]"])
 def test_a_run_that_was_moved_resumes_as_one_that_stayed(tmp_path, monkeypatch, way, scores):
     monkeypatch.setenv("VAL_LOSS", scores)

@@ -116,6 +116,7 @@ def test_a_compiler_that_fails_is_a_missing_one(tmp_path):
 
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(compiled.CUDA_HOME is not None, reason="a CUDA toolkit is installed")
+@pytest.mark.soak
 def test_zero_on_cuda_without_nvcc_takes_torchs_fused_optimizer(tmp_path):
     script = BUILD.format(["auto"]).replace("deepspeed_stage_3_offload", "deepspeed_stage_2").replace('"cpu"', '"cuda"')
     code, output = run(["-c", script], tmp_path, TORCH_EXTENSIONS_DIR=str(tmp_path))
@@ -291,6 +292,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.soak
 def test_the_learning_rate_curve_is_the_same_under_every_strategy(name, trained):
     for record in trained[name]:
         assert record["steps"] == 12  # 12 batches a rank an epoch, two batches a step, two epochs

@@ -170,7 +170,7 @@ def weights(kernel, expression: str) -> dict:
     return load_file(kernel.folder / Path(kernel.run(f"print({expression}.folder)").text.strip()) / "model.safetensors")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("deepspeed_stage_3", marks=pytest.mark.soak)])
 def test_fit_in_a_kernel_trains_on_ranks_as_a_batch_job_does(trainer, strategy, launch, tmp_path):
     shown = trainer.run(f"record = fit(RunConfig(**task, strategy={strategy!r}))\nrecord.resolved['world_size'], record.status")
     assert shown.error == "" and shown.value == "(2, 'finished')"

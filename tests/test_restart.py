@@ -44,7 +44,8 @@ def is_python(process: psutil.Process) -> bool:
     return process.is_running() and "python" in process.name()
 
 
-@pytest.mark.parametrize("whom", ["every process", *(pytest.param(whom, marks=pytest.mark.soak) for whom in ("one rank", "papermill"))])
+@pytest.mark.parametrize("whom", ["every process", "one rank", "papermill"])
+@pytest.mark.soak
 def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(start, tmp_path, whom):
     job = start(launcher=(), settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
     wait_until_it_trains(job, tmp_path)

@@ -47,7 +47,7 @@ def victim(job, kind: str) -> psutil.Process:
 @pytest.mark.parametrize(
     "strategy, kills",
     [
-        ("deepspeed_stage_3", ["rank"]),
+        pytest.param("deepspeed_stage_3", ["rank"], marks=pytest.mark.soak),
         pytest.param("deepspeed_stage_3", ["rank", "papermill"], marks=pytest.mark.soak),
         pytest.param("ddp", ["rank", "papermill"], marks=pytest.mark.soak),
     ],

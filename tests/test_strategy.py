@@ -133,7 +133,10 @@ sys.meta_path.insert(0, NotInstalled())
 BUILD = "from dlnb.strategy import build_strategy; build_strategy('deepspeed_stage_2', accelerator='cpu')"
 
 
-@pytest.mark.parametrize("blocker", [BLOCK, "import sys; sys.modules['deepspeed'] = None\n"], ids=["absent", "halted"])
+@pytest.mark.parametrize(
+    "blocker",
+    [pytest.param(BLOCK, id="absent"), pytest.param("import sys; sys.modules['deepspeed'] = None\n", id="halted", marks=pytest.mark.soak)],
+)
 def test_without_deepspeed_the_error_says_what_to_install_and_other_strategies_work(blocker, tmp_path):
     others = BUILD.replace("deepspeed_stage_2", "ddp") + "; print('built')\n"
     code, output = run(["-c", blocker + others + BUILD], tmp_path)
@@ -143,6 +146,7 @@ def test_without_deepspeed_the_error_says_what_to_install_and_other_strategies_w
     assert "pip install 'deepspeed>=0.19,<0.20'" in error and "Linux" in error
 
 
+@pytest.mark.soak
 def test_deepspeed_bound_to_another_accelerator_is_refused_with_the_remedy(tmp_path):
     script = "import os; os.environ['DS_ACCELERATOR'] = 'cuda'; import deepspeed\n" + BUILD
     code, output = run(["-c", script], tmp_path)
@@ -151,6 +155,7 @@ def test_deepspeed_bound_to_another_accelerator_is_refused_with_the_remedy(tmp_p
     assert error.startswith("RuntimeError: ") and "DS_ACCELERATOR=cpu" in error
 
 
+@pytest.mark.soak
 def test_an_accelerator_from_the_environment_gives_way_to_the_argument(tmp_path):
     code, output = run(["-c", BUILD], tmp_path, DS_ACCELERATOR="cuda")
     assert code == 0, output

@@ -80,7 +80,7 @@ def states(study) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "strategy", [*(pytest.param(name, marks=pytest.mark.soak) for name in ("ddp", "deepspeed_stage_2")), "deepspeed_stage_3"]
+    "strategy", [pytest.param(name, marks=pytest.mark.soak) for name in ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")]
 )
 def test_a_trial_is_one_row_with_the_same_parameters_on_all_ranks(search, tmp_path, strategy):
     study = search({"strategy": strategy})
@@ -118,7 +118,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[pytest.mark.soak] if fault == "hangs@1" else []) for fault in FAULTS])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[] if fault in ("raises@1", "eats") else [pytest.mark.soak]) for fault in FAULTS]
+)
 def test_a_failure_is_an_outcome_and_the_study_goes_on(search, tmp_path, monkeypatch, fault):
     monkeypatch.setenv("FAULT", fault)
     limit = 40 if fault == "hangs@1" else None  # long enough for the two trials that are well, on a busy machine
@@ -204,6 +206,7 @@ def test_the_best_parameters_train_and_say_where_they_come_from(search, launch, 
     assert len(runs(folder / "trials")) == 3
 
 
+@pytest.mark.soak
 def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, tmp_path, tmp_path_factory):
     import wandb
 
@@ -215,6 +218,7 @@ def test_every_trial_is_one_finished_run_of_wandb_in_the_study_s_group(search, t
     assert {(one["run"].project, one["run"].run_group) for one in found} == {("Digits-TunedNet-tune", study.study_name)}
 
 
+@pytest.mark.soak
 def test_the_notebook_shows_the_trials_and_pictures_and_lies_in_the_study_s_folder(launch, tmp_path):
     notebook, folder = launch(
         TUNE,
@@ -310,6 +314,7 @@ def check_counts(root: Path, n_trials: int, killed: list[str]) -> None:
     assert ranks_alive(root) == []
 
 
+@pytest.mark.soak
 def test_a_search_that_is_killed_goes_on_with_the_same_command(tmp_path):
     study = {"search_space": f"{TUNED}:slow", "n_trials": 3}
     process, deadline = start(tmp_path, **study), time.monotonic() + 60

@@ -28,7 +28,7 @@ HERE = Path(__file__).with_name("finetuned.py")
 TWO = {"ddp": dict(strategy="ddp", devices=2), "zero_3": dict(strategy="deepspeed_stage_3", devices=2)}
 TWO["zero_2"] = dict(strategy="deepspeed_stage_2", devices=2)
 LONG = pytest.mark.soak
-ZERO = [pytest.param(name, marks=LONG) for name in ("zero_2", "zero_3")]
+LATER = [("ddp", "base"), *((name, weights) for name in ("zero_2", "zero_3") for weights in ("base", None))]
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ LORA = {f"model.base_model.model.transformer.h.{n}.attn.c_attn.lora_{part}.defau
 
 
 @pytest.mark.parametrize("model, trained", [("Adapted", LORA), ("Bottleneck", {"adapter.weight", "adapter.bias"})])
-@pytest.mark.parametrize("weights", ["base", None])
+@pytest.mark.parametrize("weights", [pytest.param("base", marks=LONG), None])
 def test_an_adapter_alone_is_saved_and_tested_over_its_base(here, model, trained, weights):
     partial = one(model, weights=weights, exclude_frozen_parameters=True)
     full = one(model, weights=weights, resume="never")
@@ -189,8 +189,7 @@ def test_an_adapter_alone_is_saved_and_tested_over_its_base(here, model, trained
     assert metrics_of(partial / "checkpoints" / "last.ckpt") == metrics_of(full / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("weights", ["base", None])
-@pytest.mark.parametrize("strategy", ["ddp", *ZERO])
+@pytest.mark.parametrize("strategy, weights", [("ddp", None), *(pytest.param(*case, marks=LONG) for case in LATER)])
 def test_an_interrupted_training_of_an_adapter_resumes_to_the_same_bytes(launch, here, strategy, weights):
     excluding = {"exclude_frozen_parameters": True}
     excluding = {"strategy_args": excluding} if strategy == "zero_3" else excluding  # by Lightning's own option

@@ -13,7 +13,7 @@ from projects import HERE, PROJECTS, Project
 from safetensors.torch import load_file
 
 INFER, TUNE = TRAIN.with_name("infer.ipynb"), TRAIN.with_name("tune.ipynb")
-QUICK = ("notebook", "nested", "detector", "gathered")  # in the default suite
+QUICK = ("notebook", "nested")  # in the default suite
 # All of it takes three quarters of an hour, ADOPTION=all; else a search, and the second strategy, of those where it could differ.
 ALL = os.environ.get("ADOPTION") == "all"
 SEARCHED = ("notebook", "nested", "cli", "gan", "lora", "functions")
