@@ -20,6 +20,10 @@ class Kernel:
         self.manager = KernelManager(kernel_name="python3")
         self.manager.kernel_spec.argv[0] = warm_python()
         self.manager.start_kernel(cwd=str(folder))
+        self.connect()
+
+    def connect(self) -> None:
+        "As a page that is opened does."
         self.client = self.manager.blocking_client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=90)

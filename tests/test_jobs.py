@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import asdict, replace
@@ -85,6 +86,27 @@ def test_launch_shows_its_progress_in_the_cell_and_ends_with_it(kernel, place):
         error = content.get("ename", error)
     assert interrupted and error == "KeyboardInterrupt" and len(displays) == 1
     assert jobs() == []
+
+
+@pytest.mark.soak
+def test_fifty_restarts_and_reloads_find_the_job_again(kernel, place):
+    write_notebook(place / "count.ipynb", "n = 1", COUNT)
+    console, counts = kernel(), []
+    console.run("from dlnb.engine import launch\njob = launch('count.ipynb', wait=False, n=100_000)")
+    for number in range(50):
+        if number % 2:  # the kernel is restarted
+            console.kill()
+            console = kernel()
+        else:  # the page is closed and opened again
+            console.connect()
+        said = console.run("from dlnb.launch import jobs\n(job,) = jobs()\nprint(job.describe())")
+        assert "count.ipynb · running" in said, said
+        counts += [int(found) for found in re.findall(r"at (\d+)", said)[-1:]]
+    assert len(counts) > 40 and counts == sorted(counts)
+    (job,) = jobs()
+    processes = family(job)
+    assert job.stop() == "stopped"
+    until(lambda: not any(map(is_running, processes)))
 
 
 def test_a_stopped_job_is_resumed_with_the_same_command(place):

@@ -2,8 +2,12 @@
 
 import json
 import os
+import random
+import re
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -236,3 +240,60 @@ def test_the_ranks_end_with_their_kernel(warm, tmp_path):
     pids = json.loads(kernel.run("ranks['pid']").value)
     os.kill(kernel.process.pid, signal.SIGKILL)
     assert kernel.end() == [] and len(pids) == 2
+
+
+ANNOUNCED = """
+class Net(DigitsNet):
+    def on_train_start(self):
+        import os
+        print("process", os.getpid(), "of rank", self.global_rank, flush=True)
+"""
+KILLED = "record = fit(RunConfig(**task | dict(max_epochs=8, save_every_n_steps=3), strategy='ddp', name={!r}))\nprint(record.status)"
+
+
+def killed_within(kernel: FamilyKernel, name: str, victim: str, seconds: float) -> str:
+    "Train, and kill a rank so long after the first step, or the kernel after the cell has begun; what the cell has shown."
+    shown, rank = "", victim.removeprefix("rank ")
+    cell = kernel.start(KILLED.format(name))
+    if victim == "kernel":
+        time.sleep(seconds * 3)
+        os.kill(kernel.process.pid, signal.SIGKILL)
+        return shown
+    for kind, content in kernel.messages(cell):
+        kernel.look()
+        shown += content.get("text", "") + content.get("evalue", "")
+        if found := re.search(rf"process (\d+) of rank {rank}\n", shown):
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):  # it has finished before
+                os.kill(int(found[1]), signal.SIGKILL)
+            rank = "that is killed"
+    return shown
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2400)
+def test_a_hundred_kills_of_kernels_and_ranks_lose_nothing_and_leave_nothing(warm, tmp_path):
+    draw, kills, runs, kernel = random.Random(0), 0, ["undisturbed"], None
+    while kills < 100 or len(runs) < 2:
+        if kernel is None:
+            kernel = FamilyKernel(tmp_path)
+            assert kernel.run(FIT + ANNOUNCED).error == ""
+        if len(runs) == 1:
+            assert "finished" in kernel.run(KILLED.format(runs[0])).text
+            runs.append("killed-1")
+        victim = draw.choice(["rank 0", "rank 1", "kernel"])
+        shown = killed_within(kernel, runs[-1], victim, draw.uniform(0, 1))
+        if "finished" in shown:
+            runs.append(f"killed-{len(runs)}")
+            continue
+        kills += 1
+        if victim == "kernel":
+            assert kernel.end() == []
+            kernel = None
+        else:
+            assert "killed by SIGKILL" in shown and kernel.run("task['devices']").value == "2", shown
+    kernel = kernel or FamilyKernel(tmp_path)
+    assert kernel.run(FIT + ANNOUNCED).error == "" and "finished" in kernel.run(KILLED.format(runs[-1])).text
+    assert kernel.end() == []
+    expected, *found = [load_file(*tmp_path.glob(f"runs/*/train/ddp/{name}-*/model.safetensors")) for name in runs]
+    assert all(weights[name].numpy().tobytes() == expected[name].numpy().tobytes() for weights in found for name in expected)
