@@ -101,7 +101,9 @@ class Hardware(Settings):
     devices: Annotated[Devices, Role(inference="given")] = "auto"  # ranks per node: a number, "auto", or the devices' numbers
     num_nodes: Annotated[int, Role(inference="given")] = Field(1, ge=1, le=2**16)
     strategy: Annotated[Registered, Role(search="value", inference="given")] = "auto"  # any strategy string of Lightning
-    strategy_args: Annotated[Dictionary, Role(inference="given")] = {}  # other arguments of the strategy, DeepSpeed's options among them
+    strategy_args: Annotated[
+        Dictionary, Role(inference="given")
+    ] = {}  # other arguments of the strategy; any key of DeepSpeed's configuration
     precision: Annotated[str, Role(search="value", inference="run")] = "32-true"
 
     @field_validator("precision", mode="before")
@@ -335,7 +337,7 @@ def _check_agreement(config: RunConfig) -> None:
     _check_training(config)
     _check_reporting(config)
     _check_trainer_args(config.trainer_args)
-    _check_strategy_args(config.strategy, config.strategy_args)
+    _check_strategy_args(config)
     _check_classes(config)
     _ = config.model_arguments, config.data_arguments  # they raise for a wrong argument
     config.check_read()
@@ -397,12 +399,12 @@ def strategy_problem(config: NamedRun) -> str:
     return ""
 
 # %% ../nbs/05_config.ipynb #616dfe9a
-def _check_strategy_args(strategy: str, arguments: Mapping[str, Any]) -> None:
-    from dlnb.strategy import strategy_options
+def _check_strategy_args(config: RunConfig) -> None:
+    if config.strategy_args:
+        from dlnb.optimizers.target import resolve_accelerator
+        from dlnb.strategy import check_options
 
-    for name in arguments:
-        if name not in (options := strategy_options(strategy)):
-            raise ValueError(unknown(f"strategy_args of {strategy}", name, options))
+        check_options(config.strategy, config.strategy_args, resolve_accelerator(config.accelerator))
 
 
 def _check_trainer_args(arguments: Mapping[str, Any]) -> None:

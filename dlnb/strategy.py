@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import unknown
 from .optimizers.compiled import import_deepspeed
 from .optimizers.target import offloads_optimizer, resolve_accelerator
+from .strategies.deepspeed_config import SETTINGS, check_keys, check_stage, merged, top_level_keys
 
 # %% ../nbs/04_strategy.ipynb #0b42b0ac
 def strategy_names() -> list[str]:
@@ -58,12 +60,30 @@ def strategy_options(
     return sorted(named - _SET_BY_LIGHTNING)
 
 # %% ../nbs/04_strategy.ipynb #28c45bef
-def _check_options(name: str, options: dict) -> None:
-    "Raises `ValueError` for an option that the strategy does not have."
+def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    "The options that are arguments of the strategy's class, and the others. Lightning's `zero_optimization` is a switch."
     choices = strategy_options(name)
-    for option in options:
-        if option not in choices:
-            raise ValueError(unknown(f"{name} option", option, choices))
+    own = {key for key in options if key in choices and not (key == "zero_optimization" and isinstance(options[key], Mapping))}
+    return {key: options[key] for key in own}, {key: options[key] for key in options if key not in own}
+
+
+def check_options(
+    name: str,  # a name that Lightning registers
+    options: Mapping[str, Any],
+    device: str,  # "cuda" or "cpu", to which DeepSpeed is bound where one of its own keys is among them
+) -> None:
+    "Raises `ValueError` for an option that neither the strategy nor DeepSpeed has."
+    own, keys = split_options(name, options)
+    if not keys:
+        return
+    if not name.startswith("deepspeed"):
+        raise ValueError(unknown(f"strategy_args of {name}", next(iter(keys)), strategy_options(name)))
+    if own.get("config") is not None:
+        raise ValueError(f"strategy_args: {', '.join(keys)} beside a whole config. Set them in it.")
+    import_deepspeed(device)
+    if strange := [key for key in keys if key not in top_level_keys() and key not in SETTINGS]:
+        raise ValueError(unknown(f"strategy_args of {name}", strange[0], [*strategy_options(name), *top_level_keys()]))
+    check_keys(keys)
 
 # %% ../nbs/04_strategy.ipynb #e23224cf
 class Compiled(nn.Module):
@@ -177,12 +197,16 @@ def _check_deepspeed_device(name: str, device: str) -> None:
 def _build_deepspeed(name: str, device: str, options: dict) -> DeepSpeedStrategy:
     "The strategy for the device. It imports DeepSpeed, which is bound to that device from then on."
     _check_deepspeed_device(name, device)
-    arguments = _deepspeed_options(name, device, options)
+    own, keys = split_options(name, options)
+    arguments = _deepspeed_options(name, device, own)
     import_deepspeed(device)
     strategy = (CPUDeepSpeedStrategy if device == "cpu" else OneDivisionDeepSpeedStrategy)(**arguments)
     own_config = arguments.get("config") is not None or strategy.DEEPSPEED_ENV_VAR in os.environ
-    if not own_config and offloads_optimizer(strategy):
-        strategy.config["zero_force_ds_cpu_optimizer"] = False
+    if not own_config:
+        check_stage(name, strategy.config, keys)
+        strategy.config = merged(strategy.config, keys)
+        if offloads_optimizer(strategy):
+            strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)
     renamed = r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return strategy
@@ -199,8 +223,8 @@ def build_strategy(
     ModuleNotFoundError where DeepSpeed is not installed, RuntimeError where it is already bound to another accelerator.
     """
     check_strategy_name(name)
-    _check_options(name, options)
     device = resolve_accelerator(accelerator)
+    check_options(name, options, device)
     if name == "auto":
         return name
     if name.startswith("deepspeed"):
