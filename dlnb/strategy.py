@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -111,12 +112,38 @@ def replace_compiled(module: nn.Module) -> None:
             if type(child).__qualname__ == "OptimizedModule":  # torch gives it no public name
                 setattr(parent, name, Compiled(child))
 
+# %% ../nbs/04_strategy.ipynb #808dac3d
+AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}  # of the precisions that are mixed
+
+
+class AutocastPrecision(DeepSpeedPrecision):
+    "DeepSpeed's precision plugin where autocast casts what an operator takes: the inputs stay as they are."
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def use_autocast(strategy: DeepSpeedStrategy) -> None:
+    "Have a mixed precision be autocast, unless the user's own configuration says what it is."
+    dtype, configuration = AUTOCAST.get(strategy.precision_plugin.precision), strategy.config
+    if dtype is None or {"fp16", "bf16"} & configuration.keys():
+        return
+    strategy.precision_plugin = AutocastPrecision(strategy.precision_plugin.precision)
+    section = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    configuration["torch_autocast"] = section | configuration.get("torch_autocast", {})
+    configuration["fp16"] = configuration["bf16"] = {"enabled": False}  # else Lightning would enable one
+
 # %% ../nbs/04_strategy.ipynb #a6154202
 class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
-    "Lightning's `DeepSpeedStrategy`, which divides a loss by `accumulate_grad_batches` once and not twice."
+    """Lightning's `DeepSpeedStrategy`, which divides a loss by `accumulate_grad_batches` once and not twice, and whose mixed precision is
+    autocast."""
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False} | kwargs)
+
+    def _format_config(self) -> None:
+        use_autocast(self)
+        super()._format_config()
 
     def setup(self, trainer: Trainer) -> None:
         replace_compiled(self.lightning_module)
