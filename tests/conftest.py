@@ -152,7 +152,7 @@ class Papermill:
         except psutil.NoSuchProcess:
             pass
 
-    def wait(self, timeout: float = 200) -> int:
+    def wait(self, timeout: float = 400) -> int:
         "The exit code; the processes are noted meanwhile. Ends everything and fails after `timeout` seconds."
         while self.process.poll() is None:
             self.look()

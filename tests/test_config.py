@@ -86,7 +86,7 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")])
 def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, warm_papermill, tmp_path):
     job = warm_papermill(TRAIN, root=tmp_path / "runs", **settings)
@@ -96,7 +96,7 @@ def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, warm_p
     assert job.leftover() == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_misspelt_monitor_is_refused_before_the_first_step(tmp_path):
     config = RunConfig(**DIGITS, devices=1, monitor="val_los", max_epochs=1, root=str(tmp_path))
     with pytest.raises(ValueError, match="Did you mean 'val_loss'?"):

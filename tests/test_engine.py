@@ -11,7 +11,7 @@ from conftest import write_notebook
 
 from dlnb.engine import launch
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 
 # One rank a process through Lightning's launcher, joined in a process group: the real thing, 15 seconds on two cores.
 FABRIC = """

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dlnb.consolidate import consolidate
 from dlnb.formats.reader import read_layout
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_the_table_is_of_different_cases():

@@ -20,7 +20,7 @@ from dlnb.launch.background import Job
 from dlnb.system.atomic import write_json
 from dlnb.system.processes import Process
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("place")]
+pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("place")]
 
 COUNT = "import time\nfor i in range(n):\n    print('at', i, flush=True)\n    time.sleep(0.05)"
 RANKS = """

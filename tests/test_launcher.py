@@ -13,7 +13,7 @@ from dlnb.engine import jobs
 from dlnb.widgets.form import Form
 from dlnb.widgets.launcher import Launcher
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("place")]
+pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("place")]
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 COUNT = "import time\nfor i in range(n):\n    print('epoch', f'{i}/{n}', flush=True)\n    time.sleep(0.05)"
 TRAINED = """

@@ -29,7 +29,7 @@ from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.types import common_type, list_type, variable
 from dlnb.predictions.writer import PredictionWriter
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(500), pytest.mark.filterwarnings("ignore")]
 QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
 LENGTH = 29  # divided neither by two ranks nor by three
 

@@ -22,7 +22,7 @@ from dlnb.tracking.sources import changed, source_hashes
 from dlnb.trainer import fit
 from dlnb.training.build import build_data, build_model
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(500)
 
 NET = """
 import os

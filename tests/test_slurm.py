@@ -14,7 +14,7 @@ import pytest
 from cluster import cluster, free_ports, missing
 from conftest import REPOSITORY, TRAIN, Papermill, is_running, write_notebook
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 PACED = REPOSITORY / "tests" / "paced.py"
 SETTINGS = dict(accelerator="cpu", devices=1, num_nodes=2, max_epochs=2, model=f"{PACED}:PacedNet")
 SRUN = ("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1")

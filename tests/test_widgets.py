@@ -273,7 +273,7 @@ def test_what_others_have_written_is_text(tmp_path):
     assert_harmless(shown(card))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_five_hundred_runs_answer_in_a_second(tmp_path):
     settings, root = settings_of_a_run(), tmp_path / "runs"
     record = RunRecord(folder=root, status="finished", started=now(), settings=settings, metrics={"val_loss": 0.5})
@@ -425,7 +425,7 @@ def kernel(tmp_path_factory):
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_papermill_gets_pictures_and_tables_and_a_page_the_widget_beside_them(kernel, root):
     code = f"from dlnb.widgets.runs import Runs; Runs({str(root)!r}, where='lr < 3e-3')"
     for stdin in (False, True):
@@ -433,7 +433,7 @@ def test_papermill_gets_pictures_and_tables_and_a_page_the_widget_beside_them(ke
         assert (WIDGET in data) == stdin and "2 of 5 runs" in data["text/html"] and "run-01" in data["text/html"]
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_a_card_is_brought_up_to_date_in_the_file_when_the_training_ends(kernel, tmp_path):
     record = write_run(tmp_path / "run", status="running")
     code = f"from dlnb.views.training_card import TrainingCard; TrainingCard({str(record.folder)!r}, every=0.2)"

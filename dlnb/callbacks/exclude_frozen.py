@@ -85,7 +85,7 @@ class ExcludeFrozen(LeavesOut):
             log.warning(f"Frozen, and saved all the same, as the values are not those of the start: {few(new)}.")
         self.reported |= names
 
-
+# %% ../../nbs/callbacks/11_exclude_frozen.ipynb #7ba74aa1
 def _builds_later(module: LightningModule) -> bool:
     return is_overridden("configure_model", module)
 

@@ -150,7 +150,7 @@ class StopTogether(Callback):
             signal.signal(number, handler)
         self.handlers_before = {}
 
-
+# %% ../../nbs/callbacks/01_preemption.ipynb #b06ff781
 def save_last(trainer: Trainer) -> str:
     "Save where the training is, and return that place in words."
     for callback in trainer.checkpoint_callbacks:

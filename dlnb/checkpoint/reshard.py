@@ -148,7 +148,7 @@ def _load_parameter(parameter: torch.nn.Parameter, weight: Weight) -> None:
     start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
     put_elements(parameter.ds_tensor.data, 0, weight, start, min(start + size, parameter.ds_numel))
 
-
+# %% ../../nbs/checkpoint/17_reshard.ipynb #485cea57
 def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
     "Restore the optimizer's state, or warn that it starts without its saved state, and why."
     try:
@@ -169,7 +169,7 @@ def lenient(module: LightningModule) -> Iterator[None]:
     finally:
         module.strict_loading = strict
 
-
+# %% ../../nbs/checkpoint/17_reshard.ipynb #c6a5a58a
 class _Loading:
     "Has a Trainer's strategy load a checkpoint that it cannot load by itself, until `undo`."
 

@@ -50,7 +50,7 @@ def find_weights(
         raise ValueError(f"{field}={str(run)!r} is the folder of a {record.mode}, not of a training. Give its run: {record.run}")
     return Source(_weights_of_run(record) if folder == path else path, record)
 
-
+# %% ../../nbs/checkpoint/18_weights.ipynb #34e502f3
 def one_run(path: Path) -> Path:
     "The run that a folder of runs means, or its `latest` or `best`; any other path as it is. Raises `ValueError` where there is none."
     chosen, folder = (path.name, path.parent) if path.name in ("latest", "best") and not path.exists() else ("latest", path)

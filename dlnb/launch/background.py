@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import nbformat
 
 from ..errors import ParameterError, RankError
+from .command import papermill_arguments
 from .environment import job_environment
 from .notebook_view import describe, tail_of
 from .parameters import check_parameters, parameter_value
@@ -33,50 +34,6 @@ from ..system.display import CellText, shows_displays
 from ..system.files import read_json
 from ..system.log import log
 from ..system.processes import Process, began_at, machine
-
-# %% ../../nbs/launch/26_background.ipynb #aaa5d575
-def _as_papermill_reads(text: str) -> Any:
-    "What `-p NAME TEXT` gives a notebook."
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _argument(name: str, value: Any) -> list[str]:
-    "papermill's arguments for one parameter. Raises `ParameterError` for a value that would not arrive as it is."
-    import yaml
-    from papermill.iorw import NoDatesSafeLoader
-
-    value = str(value) if isinstance(value, Path) else value
-    if value is None or isinstance(value, bool | int | float | str):
-        if (read := _as_papermill_reads(str(value))) == value and type(read) is type(value) or value != value:
-            return ["-p", name, str(value)]
-        if isinstance(value, str):
-            return ["-r", name, value]
-    with suppress(yaml.YAMLError):
-        text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**9, sort_keys=False).strip()
-        if yaml.load(text, NoDatesSafeLoader) == {name: value}:
-            return ["-y", text]
-    raise ParameterError(
-        f"{name}={value!r} cannot be handed to another process. Use text, numbers, True, False, None, and lists and dictionaries of them."
-    )
-
-# %% ../../nbs/launch/26_background.ipynb #2fc0e65e
-def papermill_arguments(parameters: Mapping[str, Any]) -> list[str]:
-    "papermill's arguments for parameters. Raises `ParameterError` for a value that would not arrive as it is."
-    return [word for name, value in parameters.items() for word in _argument(name, value)]
-
-
-def papermill_command(
-    notebook: str,
-    parameters: Mapping[str, Any],
-    output: str = "out.ipynb",
-) -> str:
-    "The command that runs a notebook, for a shell. Raises `ParameterError` for a value that would not arrive as it is."
-    return shlex.join(["papermill", notebook, output, "--engine", "dlnb", *papermill_arguments(parameters)])
 
 # %% ../../nbs/launch/26_background.ipynb #57604d26
 JOBS = ".jobs"  # the folder of the jobs, in the root of the runs

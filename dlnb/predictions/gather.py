@@ -61,7 +61,7 @@ def _own(
     joined = [length for length in lengths if value.ndim and value.shape[0] == ranks * length]
     return value[rank * joined[0] : (rank + 1) * joined[0]] if joined else value
 
-
+# %% ../../nbs/predictions/04_gather.ipynb #c9fd0bba
 def own_rows(
     prediction: Any,  # what predict_step returned
     lengths: set[int],  # first dimensions that were gathered

@@ -115,7 +115,7 @@ def check_drawable(name: str, what: BaseDistribution, value: Any) -> None:
         nearest = what.low + round(steps) * what.step
         raise ValueError(f"{name}={value!r} must be {what.low} and a multiple of {what.step} more; the nearest is {nearest:g}.")
 
-
+# %% ../../nbs/search/00_space.ipynb #4bc2aa01
 def check_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
     "A trial's parameters as settings. Raises `ValueError` for values that the space does not have; of a dictionary some may be left out."
     if callable(space):

@@ -55,7 +55,7 @@ class Died(NamedTuple):
 
     how: str
 
-
+# %% ../../nbs/session/01_processes.ipynb #bee8fd21
 class RankProcesses:
     "One process a rank, each with a channel to this one."
 

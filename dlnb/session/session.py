@@ -242,7 +242,7 @@ class Session:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-
+# %% ../../nbs/session/06_session.ipynb #15f0ee88
 def loaded(answers: dict[int, bytes | None]) -> list[Any]:
     "The ranks' answers, in their order."
     import cloudpickle

@@ -48,7 +48,7 @@ def interrupted(stopped: Preempted) -> KeyboardInterrupt:
     error._render_traceback_ = lambda: [str(error)]  # type: ignore[attr-defined]  # IPython asks for it
     return error
 
-
+# %% ../../nbs/training/05_on_ranks.ipynb #d85a9c3e
 def on_ranks(
     config: RunConfig,
     function: Callable,

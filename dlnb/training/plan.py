@@ -76,7 +76,7 @@ class RunPlan:
     def accumulate_grad_batches(self) -> int:
         return kept_accumulation(self.config, self.manifest)
 
-
+# %% ../../nbs/training/02_plan.ipynb #bb0a181a
 def plan_run(config: RunConfig, record: RunRecord) -> RunPlan:
     "Find the start, have the record say it, and announce it. Raises as `find_start` does, and `ValueError` as `kept_accumulation`."
     if not is_rank_zero(config):

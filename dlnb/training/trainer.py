@@ -119,7 +119,7 @@ def _more_loggers(config: RunConfig, folder: Path) -> list[Any]:
         return [TensorBoardLogger(folder, name="", version="tensorboard")]
     return [] if config.logger == "csv" else [build_objects(config.logger, "logger")]
 
-
+# %% ../../nbs/training/03_trainer.ipynb #89dc485e
 def make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **arguments: Any) -> Trainer:
     "A Trainer on the devices of the settings, with what training and inference have in common."
     settings = config.resolved

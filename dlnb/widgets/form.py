@@ -235,7 +235,7 @@ def _titles(groups: Mapping[str, list[str]], faults: Mapping[str, str]) -> list[
     counts = {group: sum(name in faults for name in names) for group, names in groups.items()}
     return [f"{group or 'Parameters'} ({count} wrong)" if count else group or "Parameters" for group, count in counts.items()]
 
-
+# %% ../../nbs/widgets/10_form.ipynb #9ad2141d
 class Form(_FormValues):
     "The parameters of a notebook, to fill in."
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from ..engine import launch
-from ..launch.background import Job, jobs, papermill_command
+from ..launch.background import Job, jobs
+from ..launch.command import papermill_command
 from ..tracking.curves import plot_metrics
 from ..views.view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 from .form import NAME, WIDTH, Form, text_of

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from ..config import RunConfig
-from ..launch.background import papermill_command
+from ..launch.command import papermill_command
 from ..search.reopened import ReopenedSearch, enqueue, enqueued_note, parameters_of, reopen
 from ..search.results import pictures_of, plot_study, trials_table
 from ..search.space import check_drawable
