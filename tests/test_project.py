@@ -26,7 +26,7 @@ MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.st
 INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
-    "errors system formats consolidate loading data optimizers optim strategy settings config tracking track checkpoint callbacks predictions launch session "
+    "errors system formats consolidate loading data optimizers optim strategies strategy settings config tracking track checkpoint callbacks predictions launch session "
     "views training trainer infer engine search tuner ranks widgets examples new"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
