@@ -176,7 +176,7 @@ def test_building_a_strategy_imports_deepspeed_only_where_it_is_used(tmp_path):
         (["ddp", "gpus"], {}, "Did you mean 'gpu'"),
         (["ddp", "cpu"], {"find_unused": True}, "Did you mean 'find_unused_parameters'"),
         (["deepspeed_stage_2", "cpu"], {"stages": 3}, "Did you mean 'stage'"),
-        (["fsdp", "cpu"], {"stage": 3}, "fsdp option='stage' is not known"),
+        (["fsdp", "cpu"], {"stage": 3}, "strategy_args of fsdp='stage' is not known"),
         (["auto", "cpu"], {"stage": 3}, "Choices: none"),
         (["deepspeed_stage_3", "mps"], {}, "not on 'mps'"),
         (["deepspeed_stage_3_offload_nvme", "cpu"], {}, "use 'deepspeed_stage_3_offload'"),
