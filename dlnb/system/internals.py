@@ -64,6 +64,9 @@ LIGHTNING = (
     _internal(
         "lightning.pytorch.loggers.wandb:WandbLogger", "_wandb_init _experiment", "tracking.wandb", "start W&B late, and survive its errors"
     ),
+    _internal(
+        "lightning.pytorch.strategies.deepspeed:DeepSpeedStrategy", "_format_config", "strategy", "have a mixed precision be autocast"
+    ),
     _internal("lightning.fabric.loggers.logger", "_DummyExperiment", "tracking.wandb", "stand in for W&B where it has failed"),
 )
 
@@ -91,6 +94,10 @@ OTHERS = (
     ),
 )
 DEEPSPEED = (
+    _internal("deepspeed.runtime.config", "DeepSpeedConfig", "strategies.deepspeed_config", "ask which keys a configuration has"),
+    _internal(
+        "deepspeed.runtime.config_utils", "DeepSpeedConfigModel", "strategies.deepspeed_config", "find the model that has refused a key"
+    ),
     _internal(
         "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
         "_get_param_partition_rank",
