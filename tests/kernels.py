@@ -114,5 +114,5 @@ class FamilyKernel(Kernel):
         "End the kernel at once, and return what is left of all it has started."
         self.look()
         self.kill()
-        _, left = psutil.wait_procs(self.family.values(), timeout=15)
+        _, left = psutil.wait_procs(self.family.values(), timeout=90)  # what is about to start sees it after its imports
         return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -252,7 +252,8 @@ def test_no_rank_of_the_second_node_is_left_when_the_first_fails(launcher, workp
 
 
 def test_a_crash_on_the_second_node_is_started_again_by_torchrun(torchrun, workplace):
-    crash = "if rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    raise ValueError('once')\ntime.sleep(5)"
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    crash = f"if rank == 1 and {first}:\n    raise ValueError('once')\ntime.sleep(100 if {first} else 5)"  # the other rank is still there
     job = torchrun(write_notebook(workplace / "in.ipynb", "unused = 1", RANK, crash), "--max-restarts=1")
     assert job.wait() == 0, job.log.read_text()[-3000:]
     assert job.errors() == [] and "[rank 1] rank 1" in job.printed()
