@@ -74,6 +74,7 @@ def with_defaults(
 _TRAINED = {
     "model": f'"{_NAME}.model:Net"',
     "data": f'"{_NAME}.data:Spirals"',
+    "lr": "1e-2",
     "monitor": '"val_acc"',
     "monitor_mode": '"max"',
 }
