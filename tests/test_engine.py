@@ -77,11 +77,11 @@ def test_a_rank_that_raises_is_shown_with_its_traceback(warm_run, start):
 
 
 def test_rank_zero_raising_is_shown_with_its_traceback(warm_run):
-    assert_failed(run("if rank == 0:\n    raise ValueError('only on rank zero')\nmeet()"), 3, "only on rank zero")
+    assert_failed(warm_run("if rank == 0:\n    raise ValueError('only on rank zero')\nmeet()"), 3, "only on rank zero")
 
 
 def test_all_ranks_raising_is_one_failure(warm_run):
-    assert_failed(run("raise ValueError('on all ranks')"), 3, "on all ranks")
+    assert_failed(warm_run("raise ValueError('on all ranks')"), 3, "on all ranks")
 
 
 def test_an_error_in_an_earlier_cell_than_rank_zero_is_in_stays_in_that_cell(warm_run):
@@ -116,7 +116,7 @@ def test_a_rank_that_runs_out_of_memory_is_told(warm_run):
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     bytearray(2**34)
 meet()"""
-    assert_failed(run(hog), 3, "[rank 1]", "MemoryError")
+    assert_failed(warm_run(hog), 3, "[rank 1]", "MemoryError")
 
 
 def test_a_rank_that_leaves_ends_the_others(run):
@@ -233,9 +233,9 @@ def test_an_exception_that_the_notebook_expects_is_no_failure(warm_papermill, tm
     assert job.leftover() == []
 
 
-def test_magics_and_display_work_on_every_rank(warm_papermill, tmp_path):
+def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
     cell = "%precision 2\nfrom IPython.display import display\ndisplay('shown once')\n!echo from-a-shell-$LOCAL_RANK"
-    job = warm_papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, cell), devices=2)
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, cell), devices=2)
     assert job.wait() == 0, job.log.read_text()[-2000:]
     assert "[rank 1] from-a-shell-1" in job.printed()
     assert job.out.read_text().count("shown once") == 2  # the source and rank 0's display
