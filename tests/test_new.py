@@ -66,7 +66,7 @@ def test_a_workflow_is_that_of_dlnb_with_other_defaults(project, name):
     own, made = TRAIN.with_stem(name), project / "nbs" / f"{name}.ipynb"
     assert parameter_names(nbformat.read(made, 4)) == parameter_names(nbformat.read(own, 4))
     before, after = defaults(own), defaults(made)
-    changed = {"model", "data", "monitor", "monitor_mode"} if name != "infer" else set()
+    changed = {"model", "data", "lr", "monitor", "monitor_mode"} if name != "infer" else set()
     assert {field for field in before if before[field] != after[field]} == changed | ({"search_space"} if name == "tune" else set())
     one, other = (nbformat.read(path, 4).cells for path in (own, made))
     without = [[cell.source for cell in cells[1:] if "parameters" not in cell.metadata.get("tags", [])] for cells in (one, other)]
