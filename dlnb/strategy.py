@@ -82,8 +82,10 @@ def check_options(
     if own.get("config") is not None:
         raise ValueError(f"strategy_args: {', '.join(keys)} beside a whole config. Set them in it.")
     import_deepspeed(device)
-    if strange := [key for key in keys if key not in top_level_keys() and key not in SETTINGS]:
-        raise ValueError(unknown(f"strategy_args of {name}", strange[0], [*strategy_options(name), *top_level_keys()]))
+    known = top_level_keys()
+    for key in keys:
+        if key not in known and key not in SETTINGS:
+            raise ValueError(unknown(f"strategy_args of {name}", key, [*strategy_options(name), *known]))
     check_keys(keys)
 
 # %% ../nbs/04_strategy.ipynb #e23224cf
