@@ -110,9 +110,9 @@ class FamilyKernel(Kernel):
     def look(self) -> None:
         self.family |= {process.pid: process for process in descendants(self.process)}
 
-    def end(self) -> list[psutil.Process]:
-        "End the kernel at once, and return what is left of all it has started."
+    def end(self, within: float = 15) -> list[psutil.Process]:
+        "End the kernel at once, and return what is left of all it has started, so many seconds later."
         self.look()
         self.kill()
-        _, left = psutil.wait_procs(self.family.values(), timeout=90)  # what is about to start sees it after its imports
+        _, left = psutil.wait_procs(self.family.values(), timeout=within)
         return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -291,7 +291,7 @@ def test_kills_of_kernels_and_ranks_lose_nothing_and_leave_nothing(warm, tmp_pat
             continue
         kills += 1
         if victim == "kernel":
-            assert kernel.end() == []
+            assert kernel.end(within=90) == []  # the server of ranks sees it after its imports
             kernel = None
         else:
             assert "killed by SIGKILL" in shown and kernel.run("task['devices']").value == "2", shown

@@ -116,7 +116,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(warm
     assert warm_papermill(TRAIN, **settings, root=roots["whole"]).wait() == 0
     monkeypatch.setenv("TRACE", str(tmp_path / "killed-trace"))
     draw, kills = random.Random(strategy), 0
-    for number in range(6):
+    for number in range(9):
         job = warm_papermill(TRAIN, **settings, root=roots["killed"])
         kill_at_random(job, roots["killed"], draw, ("rank", "kernel", "papermill")[number % 3], during_a_save=number % 2 == 1)
         kills += job.wait() != 0
@@ -125,7 +125,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bytes(warm
     assert again.wait() == 0, again.log.read_text()[-2000:]
     _, record = run_of(roots["killed"])
     print(strategy, kills, "kills,", record["attempts"], "attempts that trained")
-    assert record["status"] == "finished" and kills >= 5
+    assert record["status"] == "finished" and kills >= 8
     assert weights_of(roots["killed"]) == weights_of(roots["whole"])
     assert batches_of(tmp_path / "killed-trace") == batches_of(tmp_path / "whole-trace")
 

@@ -107,8 +107,7 @@ def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, warm_papermill, pro
         assert not list(here.rglob("*.ckpt"))
         return
     undisturbed = train(launch, project, "whole", root="whole", **more)
-    if ALL:
-        infer(launch, undisturbed, project, 1)
+    infer(launch, undisturbed, project, 1)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings(project, **more).items()}
     job = warm_papermill(TRAIN, "--cwd", str(here), **texts)
     while not list((here / "runs").glob("*/train/*/*/checkpoints/last.ckpt")) and job.process.poll() is None:
