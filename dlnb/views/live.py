@@ -55,17 +55,14 @@ class LiveCard:
         self.due = ended + max(self.interval, SHARE * (ended - began))
 
     def update(self, pids: Sequence[int]) -> None:
-        if is_new := self.card is None:
-            if not (self.folder / "run.json").exists() or RunRecord.read(self.folder).state != "running":
-                return
-            from dlnb.views.training_card import TrainingCard
-
-            self.card = TrainingCard(self.folder, self.interval)
-        self.card.pids = dict(enumerate(pids))
-        self.card.look()
-        if is_new:
+        if self.card is not None:
+            self.card.look()
+        elif (self.folder / "run.json").exists() and RunRecord.read(self.folder).state == "running":
             from IPython.display import display
 
+            from dlnb.views.training_card import TrainingCard
+
+            self.card = TrainingCard(self.folder, self.interval, pids)
             display(self.card)
 
     def end(self) -> None:

@@ -9,6 +9,7 @@ __all__ = ['TrainingCard']
 import math
 import os
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -188,9 +189,10 @@ class TrainingCard(_Card):
         self,
         run: str | Path | RunRecord,  # its folder, or its record
         every: float = 2.0,  # seconds between two looks while it trains
+        pids: Sequence[int] = (),  # of its ranks, where they are known
     ):
         self.record = run if isinstance(run, RunRecord) else RunRecord.read(run)
-        self.folder, self.speed, self.pids = self.record.folder, Speed(), {}
+        self.folder, self.speed, self.pids = self.record.folder, Speed(), dict(enumerate(pids))
         self.bar = widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="98%"))
         self.table, self.curves, self.note = widgets.HTML(), picture(), widgets.HTML()
         self.title = widgets.HTML(f"<b>{as_html(self.folder.name)}</b>")
