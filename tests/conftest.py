@@ -16,10 +16,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from warm import descendants, warm_python
+from warm import descendants, is_running, warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+ALL = os.environ.get("SOAK") == "all"  # every campaign at its full length, which takes some hours; else what CI has time for
 TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
 INFER = TRAIN.with_name("infer.ipynb")
 
@@ -212,16 +213,9 @@ class Papermill:
         self.process.wait()
 
 
-def is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.fixture
-def papermill(tmp_path):
-    "Start papermill; whatever is left of it is ended after the test."
+def cold_papermill(tmp_path):
+    "Start papermill, in new processes as a user's; whatever is left of it is ended after the test."
     started = []
 
     def start(notebook: Path, *arguments, **options) -> Papermill:
@@ -234,9 +228,9 @@ def papermill(tmp_path):
 
 
 @pytest.fixture
-def warm_papermill(papermill):
-    "The same where no process is looked at by its id: papermill, kernel and ranks start at once."
-    return partial(papermill, launcher=(warm_python(),))
+def papermill(cold_papermill):
+    "The same with a papermill, a kernel and ranks that start at once."
+    return partial(cold_papermill, launcher=(warm_python(),))
 
 
 # Every strategy trains the same notebook once a session, and more than one file looks at what it left.

@@ -92,8 +92,8 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("settings, told", [({"strategy": "ddpp"}, "Did you mean 'ddp'?"), ({"learning_rate": 1}, "Choices: ")])
-def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, warm_papermill, tmp_path):
-    job = warm_papermill(TRAIN, root=tmp_path / "runs", **settings)
+def test_a_wrong_setting_on_the_command_line_makes_no_run(settings, told, papermill, tmp_path):
+    job = papermill(TRAIN, root=tmp_path / "runs", **settings)
     assert job.wait() == 1
     assert told in job.log.read_text()
     assert not (tmp_path / "runs").exists()

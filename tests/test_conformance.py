@@ -100,9 +100,9 @@ def test_byte_gpt_learns_under_zero_3(launch, tmp_path):
 RANKS = dict(accelerator="cpu", devices=2, strategy="ddp")
 
 
-def start_training(warm_papermill, root):
+def start_training(papermill, root):
     "A training on two ranks that would go on for a long time, after its first checkpoint."
-    job = warm_papermill(TRAIN, **RANKS, max_epochs=2000, root=root)
+    job = papermill(TRAIN, **RANKS, max_epochs=2000, root=root)
     while not list(root.rglob("last.ckpt")):
         job.look()
         assert job.process.poll() is None, job.log.read_text()[-2000:]
@@ -114,8 +114,8 @@ def read_record(root):
     return path.parent, json.loads(path.read_text())
 
 
-def test_sigterm_stops_a_training_and_its_record_says_so(warm_papermill, tmp_path):
-    job = start_training(warm_papermill, tmp_path / "runs")
+def test_sigterm_stops_a_training_and_its_record_says_so(papermill, tmp_path):
+    job = start_training(papermill, tmp_path / "runs")
     job.process.terminate()
     assert job.wait() == 75
     assert job.leftover() == []
@@ -126,10 +126,10 @@ def test_sigterm_stops_a_training_and_its_record_says_so(warm_papermill, tmp_pat
 
 
 @pytest.mark.soak
-def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_it(warm_papermill, tmp_path):
+def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_it(papermill, tmp_path):
     root = tmp_path / "runs"
-    job = start_training(warm_papermill, root)
-    other = warm_papermill(TRAIN, **RANKS, root=root)
+    job = start_training(papermill, root)
+    other = papermill(TRAIN, **RANKS, root=root)
     assert other.wait() == 1
     assert "is being trained by process" in other.log.read_text()
     assert job.process.poll() is None
@@ -139,7 +139,7 @@ def test_a_killed_training_goes_on_with_the_same_command_and_no_other_disturbs_i
     assert job.leftover() == []
     _, killed = read_record(root)
     assert killed["status"] == "running"
-    again = warm_papermill(TRAIN, **RANKS, max_epochs=killed["epoch"] + 3, root=root)
+    again = papermill(TRAIN, **RANKS, max_epochs=killed["epoch"] + 3, root=root)
     assert again.wait() == 0, again.log.read_text()[-2000:]
     folder, record = read_record(root)
     assert (record["status"], record["attempts"], record["epoch"]) == ("finished", 2, killed["epoch"] + 3)

@@ -8,6 +8,7 @@ from functools import partial
 import nbformat
 import pytest
 from conftest import write_notebook
+from warm import warm_python
 
 from dlnb.engine import launch
 
@@ -31,6 +32,7 @@ if rank == 0:
         subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
 meet = lambda: time.sleep(600)
 """
+TORCHRUN = (warm_python(), "-m", "torch.distributed.run")
 STARTS = [pytest.param(FABRIC, id="lightning", marks=pytest.mark.soak), pytest.param(RANKS, id="plain")]
 
 
@@ -44,14 +46,13 @@ def run_on_ranks(papermill, folder, *cells: str, devices: int = 2, start: str = 
 @pytest.fixture
 def run(papermill, tmp_path):
     "Run cells on two ranks; the process, ended."
-
     return partial(run_on_ranks, papermill, tmp_path)
 
 
 @pytest.fixture
-def warm_run(warm_papermill, tmp_path):
-    "The same where no process is known by its id."
-    return partial(run_on_ranks, warm_papermill, tmp_path)
+def cold_run(cold_papermill, tmp_path):
+    "The same where a rank's process is known by its parent."
+    return partial(run_on_ranks, cold_papermill, tmp_path)
 
 
 def assert_failed(job, cell: int, *told: str) -> None:
@@ -70,37 +71,44 @@ def assert_failed(job, cell: int, *told: str) -> None:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_rank_that_raises_is_shown_with_its_traceback(warm_run, start):
-    job = warm_run("if rank == 1:\n    raise ValueError('only on rank one')\nmeet()", start=start)
+def test_a_rank_that_raises_is_shown_with_its_traceback(run, start):
+    job = run("if rank == 1:\n    raise ValueError('only on rank one')\nmeet()", start=start)
     # The parameters that papermill injects are a cell of their own: 0 parameters, 1 injected, 2 ranks, 3 this one.
     assert_failed(job, 3, "[rank 1] only on rank one", "raise ValueError")
 
 
-def test_rank_zero_raising_is_shown_with_its_traceback(warm_run):
-    assert_failed(warm_run("if rank == 0:\n    raise ValueError('only on rank zero')\nmeet()"), 3, "only on rank zero")
+def test_rank_zero_raising_is_shown_with_its_traceback(run):
+    assert_failed(run("if rank == 0:\n    raise ValueError('only on rank zero')\nmeet()"), 3, "only on rank zero")
 
 
-def test_all_ranks_raising_is_one_failure(warm_run):
-    assert_failed(warm_run("raise ValueError('on all ranks')"), 3, "on all ranks")
+def test_all_ranks_raising_is_one_failure(run):
+    assert_failed(run("raise ValueError('on all ranks')"), 3, "on all ranks")
 
 
-def test_an_error_in_an_earlier_cell_than_rank_zero_is_in_stays_in_that_cell(warm_run):
-    job = warm_run("if rank == 1:\n    time.sleep(1)\n    raise ValueError('late')", "meet()")
+def test_an_error_in_an_earlier_cell_than_rank_zero_is_in_stays_in_that_cell(run):
+    job = run("if rank == 1:\n    time.sleep(1)\n    raise ValueError('late')", "meet()")
     assert_failed(job, 3, "[rank 1] late")
 
 
-def test_an_error_after_rank_zero_has_finished_fails_the_notebook(papermill, tmp_path):
+def test_an_error_after_rank_zero_has_finished_fails_the_notebook(cold_papermill, tmp_path):
     last = "if rank == 1:\n    time.sleep(1)\n    raise ValueError('at the very end')"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, last), devices=2)
+    job = cold_papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, last), devices=2)
     job.wait()
     assert_failed(job, 3, "[rank 1] at the very end")
 
 
 @pytest.mark.parametrize(
-    "number, start", [pytest.param("SIGKILL", FABRIC, marks=pytest.mark.soak), ("SIGKILL", RANKS), ("SIGSEGV", RANKS), ("SIGTERM", RANKS)]
+    "number, start",
+    [
+        *(
+            pytest.param(number, start, marks=pytest.mark.soak)
+            for number, start in (("SIGKILL", FABRIC), ("SIGSEGV", RANKS), ("SIGTERM", RANKS))
+        ),
+        ("SIGKILL", RANKS),
+    ],
 )
-def test_a_killed_rank_is_told_by_its_signal(run, number, start):
-    job = run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\nmeet()", start=start)
+def test_a_killed_rank_is_told_by_its_signal(cold_run, number, start):
+    job = cold_run(f"if rank == 1:\n    os.kill(os.getpid(), signal.{number})\nmeet()", start=start)
     assert_failed(job, 3, "[rank 1]", number)
 
 
@@ -110,35 +118,35 @@ def test_a_killed_kernel_is_told_by_its_signal(run, start):
     assert_failed(job, 3, "kernel", "SIGKILL")
 
 
-def test_a_rank_that_runs_out_of_memory_is_told(warm_run):
+def test_a_rank_that_runs_out_of_memory_is_told(run):
     hog = """if rank == 1:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
     bytearray(2**34)
 meet()"""
-    assert_failed(warm_run(hog), 3, "[rank 1]", "MemoryError")
+    assert_failed(run(hog), 3, "[rank 1]", "MemoryError")
 
 
 def test_a_rank_that_leaves_ends_the_others(run):
     assert_failed(run("if rank == 1:\n    os._exit(3)\nmeet()"), 3, "[rank 1]", "exited with code 3")
 
 
-def test_three_ranks_of_which_the_last_fails(warm_run):
-    job = warm_run("if rank == 2:\n    raise ValueError('third')\nmeet()", devices=3)
+def test_three_ranks_of_which_the_last_fails(run):
+    job = run("if rank == 2:\n    raise ValueError('third')\nmeet()", devices=3)
     assert_failed(job, 3, "[rank 2] third")
 
 
-def test_failure_is_known_within_15_seconds(warm_run):
-    job = warm_run("print('at', time.time())\nif rank == 1:\n    raise ValueError('now')\nmeet()")
+def test_failure_is_known_within_15_seconds(run):
+    job = run("print('at', time.time())\nif rank == 1:\n    raise ValueError('now')\nmeet()")
     told = float(job.printed().split("at ")[1].split()[0])
     assert os.path.getmtime(job.out) - told < 15
 
 
 @pytest.fixture
-def sleeping(papermill, tmp_path):
+def sleeping(cold_papermill, tmp_path):
     "A notebook of two ranks that sleep, with a process of their own each."
     sleep = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nprint('asleep', rank, flush=True)\ntime.sleep(600)"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2)
+    job = cold_papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep, "print('never reached')"), devices=2)
     job.wait_for_output("asleep 0")
     job.wait_for_output("[rank 1] asleep 1")
     return job
@@ -171,7 +179,7 @@ def test_nothing_is_left_when_the_kernel_is_killed_from_outside(sleeping):
     assert_failed(sleeping, 3, "kernel", "SIGKILL")
 
 
-def test_output_is_in_the_notebook_as_it_happens_and_stays_small(warm_papermill, tmp_path):
+def test_output_is_in_the_notebook_as_it_happens_and_stays_small(papermill, tmp_path):
     bar = """import sys, time
 from tqdm import tqdm
 print('a line', flush=True)
@@ -179,7 +187,7 @@ for step in tqdm(range(1_000), mininterval=0):
     pass
 print('\\nbars done', flush=True)
 time.sleep(10)"""
-    job = warm_papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bar))
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bar))
     job.wait_for_output("bars done")
     assert job.process.poll() is None, "the cell had ended already"
     assert job.wait() == 0
@@ -187,9 +195,9 @@ time.sleep(10)"""
     assert job.out.stat().st_size < 20_000
 
 
-def test_widgets_that_are_closed_are_not_kept(warm_papermill, tmp_path):
+def test_widgets_that_are_closed_are_not_kept(papermill, tmp_path):
     bars = "from tqdm.notebook import tqdm\nfor epoch in range(30):\n    for step in tqdm(range(3), leave=False):\n        pass"
-    job = warm_papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bars))
+    job = papermill(write_notebook(tmp_path / "in.ipynb", "unused = 1", bars))
     assert job.wait() == 0
     assert job.out.stat().st_size < 50_000
 
@@ -201,41 +209,41 @@ def test_widgets_that_are_closed_are_not_kept(warm_papermill, tmp_path):
         ({"devices": 2, "zzz": 1}, "Choices: devices, strategy."),
     ],
 )
-def test_unknown_parameters_are_refused_before_anything_runs(warm_papermill, tmp_path, parameters, told):
+def test_unknown_parameters_are_refused_before_anything_runs(papermill, tmp_path, parameters, told):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1\nstrategy = 'ddp'", "open('ran', 'w').close()")
-    job = warm_papermill(path, **parameters)
+    job = papermill(path, **parameters)
     assert job.wait() == 1
     assert told in job.log.read_text() and "Traceback" not in job.log.read_text()
     assert not job.out.exists() and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("tagged", [0, 2])
-def test_a_missing_or_doubled_parameters_tag_is_refused(warm_papermill, tmp_path, tagged):
+def test_a_missing_or_doubled_parameters_tag_is_refused(papermill, tmp_path, tagged):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1", "devices = 2", "open('ran', 'w').close()")
     notebook = nbformat.read(path, 4)
     for index, cell in enumerate(notebook.cells):
         cell.metadata["tags"] = ["parameters"] if index < tagged else []
     nbformat.write(notebook, path)
-    job = warm_papermill(path, devices=1)
+    job = papermill(path, devices=1)
     assert job.wait() == 1
     assert f"{tagged} cells tagged 'parameters'" in job.log.read_text()
     assert not job.out.exists() and not (tmp_path / "ran").exists()
 
 
-def test_an_exception_that_the_notebook_expects_is_no_failure(warm_papermill, tmp_path):
+def test_an_exception_that_the_notebook_expects_is_no_failure(papermill, tmp_path):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "1 / 0", "print('after it', rank)")
     notebook = nbformat.read(path, 4)
     notebook.cells[2].metadata["tags"] = ["raises-exception"]
     nbformat.write(notebook, path)
-    job = warm_papermill(path, devices=2)
+    job = papermill(path, devices=2)
     job.wait()
     assert "after it 0" in job.printed() and "[rank 1] after it 1" in job.printed()
     assert job.leftover() == []
 
 
-def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
+def test_magics_and_display_work_on_every_rank(cold_papermill, tmp_path):
     cell = "%precision 2\nfrom IPython.display import display\ndisplay('shown once')\n!echo from-a-shell-$LOCAL_RANK"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, cell), devices=2)
+    job = cold_papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, cell), devices=2)
     assert job.wait() == 0, job.log.read_text()[-2000:]
     assert "[rank 1] from-a-shell-1" in job.printed()
     assert job.out.read_text().count("shown once") == 2  # the source and rank 0's display
@@ -243,7 +251,7 @@ def test_magics_and_display_work_on_every_rank(papermill, tmp_path):
 
 @pytest.mark.soak
 def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_path):
-    launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29517")
+    launcher = (*TORCHRUN, "--nproc-per-node", "2", "--master-port", "29517")
     job = papermill(
         write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, "print('rank', rank)"),
         launcher=launcher,
@@ -257,7 +265,7 @@ def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_pa
 
 @pytest.mark.soak
 def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
-    launcher = ("torchrun", "--nproc-per-node", "2", "--master-port", "29518")
+    launcher = (*TORCHRUN, "--nproc-per-node", "2", "--master-port", "29518")
     fail = "if rank == 1:\n    raise ValueError('under torchrun')\nmeet()"
     job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, fail, "pass"), launcher=launcher, devices=2)
     assert job.wait() != 0

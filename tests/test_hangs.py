@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TRAIN, is_running, write_notebook
+from conftest import TRAIN, write_notebook
 from nbformat.v4 import new_output
 from test_engine import RANKS, assert_failed, run  # noqa: F401
+from warm import is_running, process_behind, warm_python
 
 from dlnb.config import RunConfig
 from dlnb.launch.failure import find_cause
@@ -118,7 +119,7 @@ def temporary(monkeypatch):
 def training(papermill, tmp_path):
     "Start a training of many steps on two ranks, with a line of the training step."
 
-    def start(step: str = "pass", launcher: tuple[str, ...] = (), **settings):
+    def start(step: str = "pass", launcher: tuple[str, ...] = (warm_python(),), **settings):
         (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step=step))
         given = dict(model=f"{tmp_path}/slow.py:Slow", strategy="ddp", devices=2, accelerator="cpu", root=str(tmp_path / "runs"))
         return papermill(TRAIN, launcher=launcher, **given | settings)
@@ -178,10 +179,10 @@ def test_a_swept_job_folder_does_not_keep_a_training_from_ending(training, tempo
 
 
 @pytest.mark.parametrize("delay", [0.3, 2.0, *(pytest.param(delay, marks=pytest.mark.soak) for delay in (0.6, 1.0, 1.5, 3.0))])
-def test_no_orphan_is_left_when_papermill_and_its_guard_are_killed(papermill, tmp_path, monkeypatch, delay):
+def test_no_orphan_is_left_when_papermill_and_its_guard_are_killed(cold_papermill, tmp_path, monkeypatch, delay):
     monkeypatch.setenv("OF_THIS_TEST", str(tmp_path))
     sleep = "import time\ntime.sleep(600)"
-    job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep), devices=3)
+    job = cold_papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, sleep), devices=3)
     supervisor = psutil.Process(job.process.pid)
     wait_for(lambda: [child for child in supervisor.children() if "ipykernel" in " ".join(child.cmdline())], job)
     time.sleep(delay)
@@ -269,12 +270,11 @@ RAISED = [
     ("rank == 0 and sys.exit(5)", ("SystemExit: 5",)),
     ("if rank == 1: raise ValueError('the cause')", ("[rank 1] the cause",)),
 ]
-DIED = [  # processes that are known by their ids
+RAISED += [
     ("rank == 1 and os._exit(3)", ("[rank 1]", "exited with code 3")),
     ("rank == 1 and threading.Thread(target=os._exit, args=(4,)).start()", ("[rank 1]", "exited with code 4")),
     ("rank == 1 and os.kill(os.getpid(), signal.SIGSEGV)", ("[rank 1]", "SIGSEGV")),
     ("rank == 1 and os.kill(os.getpid(), signal.SIGKILL)", ("[rank 1]", "SIGKILL")),
-    ("rank == 0 and os.killpg(0, signal.SIGINT)", ("KeyboardInterrupt",)),
     ("rank == 0 and signal.raise_signal(signal.SIGINT)", ("KeyboardInterrupt",)),
 ]
 
@@ -291,14 +291,14 @@ def assert_told(papermill, folder, step: str, told: tuple[str, ...]) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("step, told", RAISED)
-def test_what_a_rank_has_raised_stands_before_what_follows_from_it(warm_papermill, tmp_path, step, told):
-    assert_told(warm_papermill, tmp_path, step, told)
+def test_what_ended_a_rank_stands_before_what_follows_from_it(papermill, tmp_path, step, told):
+    assert_told(papermill, tmp_path, step, told)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("step, told", DIED)
-def test_what_a_rank_died_of_stands_before_what_follows_from_it(papermill, tmp_path, step, told):
-    assert_told(papermill, tmp_path, step, told)
+@pytest.mark.alone  # Lightning kills the others, and rank 0 has eight seconds to say why
+def test_an_interrupt_of_the_whole_group_stands_before_what_follows_from_it(cold_papermill, tmp_path):
+    assert_told(cold_papermill, tmp_path, "rank == 0 and os.killpg(0, signal.SIGINT)", ("KeyboardInterrupt",))
 
 
 def test_an_interrupt_stands_before_the_kills_that_it_has_led_to(run):  # noqa: F811
@@ -331,8 +331,7 @@ def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training,
     job = training(max_epochs=500, progress_timeout=15)
     wait_for(lambda: trains(tmp_path), job)
     alive = [process for process in job.family.values() if is_running(process)]
-    rank = next(process for process in alive if "rank.py" in " ".join(process.cmdline()))
-    rank.suspend()
+    process_behind(next(process for process in alive if "rank.py" in " ".join(process.cmdline()))).suspend()
     began = time.monotonic()
     assert job.wait() == 1, job.log.read_text()[-2000:]
     assert 10 < time.monotonic() - began < 90
@@ -343,11 +342,18 @@ def test_a_stopped_rank_ends_the_training_and_is_named_with_all_stacks(training,
     assert record(tmp_path)["status"] in ("running", "stopped", "failed", "preempted") and job.leftover() == []
 
 
-TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")  # every rank has its own papermill, and sees only itself
+TORCHRUN = (
+    warm_python(),
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+)  # every rank has its own papermill, and sees only itself
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["Lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", [(warm_python(),), TORCHRUN], ids=["Lightning", "torchrun"])
 def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path, launcher):
     step = "if self.trainer.global_rank == 1 and self.trainer.global_step == 5: __import__('threading').Event().wait()"
     job = training(step, launcher, max_epochs=500, progress_timeout=15)

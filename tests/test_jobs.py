@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 
 import psutil
 import pytest
-from conftest import TRAIN, is_running, write_notebook
+from conftest import TRAIN, write_notebook
 from kernels import Kernel
 from papermill.exceptions import PapermillExecutionError
-from warm import descendants
+from warm import descendants, is_running
 
 from dlnb.engine import jobs, launch
 from dlnb.errors import ParameterError, RankError

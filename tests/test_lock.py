@@ -337,10 +337,10 @@ def test_each_of_two_trainings_beside_another_gets_a_folder_of_its_own(trained):
     assert not folder.exists()
 
 
-def test_all_ranks_of_a_training_beside_another_write_into_the_first_ones_folder(warm_papermill, tmp_path):
+def test_all_ranks_of_a_training_beside_another_write_into_the_first_ones_folder(papermill, tmp_path):
     settings = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, batch_size=64, resume="never", root=tmp_path / "runs")
     for _ in range(2):
-        job = warm_papermill(WORKFLOW, **settings)
+        job = papermill(WORKFLOW, **settings)
         assert job.wait() == 0, job.log.read_text()[-2000:]
     names = sorted(path.parent.name for path in (tmp_path / "runs").rglob("run.json"))
     assert len(names) == 2 and names[1] == f"{names[0]}-2"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategy import records_of_both_ranks, run
 from torch import nn
+from warm import warm_python
 
 from dlnb import optim
 from dlnb.optimizers import compiled
@@ -229,7 +230,7 @@ print([[tuple(parameter.ds_shape) for parameter in group["params"]] for group in
 
 @pytest.mark.timeout(500)
 def test_matrices_decay_that_zero_3_has_cut_up_already(tmp_path):
-    code, output = run(["-c", ZERO_INIT], tmp_path)
+    code, output = run(["-c", ZERO_INIT], tmp_path, python=warm_python())
     assert code == 0, output
     assert output.splitlines()[-1] == "[[(3, 5)], [(3,), (3,), (3,)]]"
 
@@ -285,7 +286,7 @@ def trained(tmp_path_factory):
     assert optim.build_problem("DeepSpeedCPUAdam", "cpu") == ""  # compiled before the clock runs
     folder = tmp_path_factory.mktemp("curves")
     (folder / "train.py").write_text(CURVES)
-    code, output = run(["train.py", *STRATEGIES], folder, timeout=280)
+    code, output = run(["train.py", *STRATEGIES], folder, timeout=280, python=warm_python())
     assert code == 0, output
     return records_of_both_ranks(folder, STRATEGIES)
 

@@ -288,7 +288,7 @@ def test_a_passed_object_of_another_class_is_refused_and_nothing_is_written(proj
 
 @pytest.mark.timeout(400)
 @pytest.mark.soak
-def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, warm_papermill):
+def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, papermill):
     "On two ranks, with a module that is passed: a model of an edited cell is another run, which keeps its source and resumes."
     cells = [
         "\n".join(["root = 'runs'", "max_epochs = 1"]),
@@ -301,7 +301,7 @@ def test_a_model_in_a_notebooks_cells_is_compared_as_one_in_a_file(project, warm
     notebook = project.folder / "own.ipynb"
 
     def run(**parameters):
-        job = warm_papermill(write_notebook(notebook, *cells), root=project.folder / "runs", **parameters)
+        job = papermill(write_notebook(notebook, *cells), root=project.folder / "runs", **parameters)
         return job, job.wait()
 
     job, code = run()

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import write_notebook
+from conftest import ALL, write_notebook
 from kernels import FamilyKernel
 from safetensors.torch import load_file
 from warm import warm_python
@@ -270,11 +270,11 @@ def killed_within(kernel: FamilyKernel, name: str, victim: str, seconds: float) 
     return shown
 
 
-KILLS = int(os.environ.get("KILLS", 20))  # a hundred take half an hour
+KILLS = 100 if ALL else 8  # a hundred take half an hour
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1000 + 30 * KILLS)
+@pytest.mark.timeout(600 + 30 * KILLS)
 def test_kills_of_kernels_and_ranks_lose_nothing_and_leave_nothing(warm, tmp_path):
     draw, kills, runs, kernel = random.Random(0), 0, ["undisturbed"], None
     while kills < KILLS:

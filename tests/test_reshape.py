@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import ALL, REPOSITORY
 from safetensors.torch import load_file
 from warm import warm_python
 
@@ -78,15 +78,15 @@ def difference(one: Training, other: Training) -> float:
 
 SOME = [("ddp", 2, "ddp", 1), ("ddp", 2, "deepspeed_stage_3", 2)]
 ZERO = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
-ALL = [(of, before, of, after) for of in ("ddp", *ZERO) for before, after in ((2, 1), (1, 2), (2, 4))]
-ALL += [("ddp", 2, of, 2) for of in (*ZERO, "deepspeed_stage_3_offload")] + [(of, 2, "ddp", 1) for of in ZERO]
-ALL += [("deepspeed_stage_3", 2, "ddp", 2)]
-ALL += [("deepspeed_stage_2", 2, "deepspeed_stage_3", 1), ("ddp", 1, "deepspeed_stage_3", 2)]
+MORE = [("deepspeed_stage_1", 2, "deepspeed_stage_1", 4), ("deepspeed_stage_2", 2, "deepspeed_stage_2", 1)]
+MORE += [("deepspeed_stage_3", 2, "deepspeed_stage_3", ranks) for ranks in (1, 4)] + [("ddp", 1, "deepspeed_stage_3", 2)]
+MORE += [("ddp", 2, of, 2) for of in (*ZERO[:2], "deepspeed_stage_3_offload")] + [(of, 2, "ddp", 1) for of in ZERO]
+EVERY = [(of, before, of, after) for of in ("ddp", *ZERO) for before, after in ((2, 1), (1, 2), (2, 4))]
+EVERY += [("deepspeed_stage_3", 2, "ddp", 2), ("deepspeed_stage_2", 2, "deepspeed_stage_3", 1)]
+SOAK = [case for case in dict.fromkeys(MORE + (EVERY if ALL else [])) if case not in SOME]
 
 
-@pytest.mark.parametrize(
-    "strategy, ranks, then, ranks_then", [*SOME, *(pytest.param(*case, marks=pytest.mark.soak) for case in ALL if case not in SOME)]
-)
+@pytest.mark.parametrize("strategy, ranks, then, ranks_then", [*SOME, *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)])
 def test_a_training_goes_on_with_other_ranks_and_under_another_strategy(whole, stopped, tmp_path, strategy, ranks, then, ranks_then):
     origin, saved = stopped(strategy, ranks), tmp_path / "start.ckpt"
     again = Training(tmp_path / "again", then, ranks_then, {"SAVE_START": str(saved)}, resume=str(origin.folder))

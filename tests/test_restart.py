@@ -16,14 +16,14 @@ CRASH = 58  # the step, in the second epoch of 39
 
 
 @pytest.fixture
-def start(papermill, tmp_path, monkeypatch):
+def start(cold_papermill, tmp_path, monkeypatch):
     "Start a training, with variables of its environment."
     monkeypatch.setenv("TRACE", str(tmp_path))
 
     def start(*arguments, launcher=(warm_python(),), settings={}, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        return papermill(TRAIN, *arguments, launcher=launcher, **SETTINGS | settings, root=tmp_path / "runs")
+        return cold_papermill(TRAIN, *arguments, launcher=launcher, **SETTINGS | settings, root=tmp_path / "runs")
 
     return start
 
@@ -47,14 +47,15 @@ def is_python(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("whom", ["every process", "one rank", "papermill"])
 @pytest.mark.soak
 def test_a_schedulers_signal_stops_all_ranks_and_the_exit_code_asks_for_more(start, tmp_path, whom):
-    job = start(launcher=(), settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
+    launcher = () if whom == "every process" else (warm_python(),)
+    job = start(launcher=launcher, settings=dict(max_epochs=2000, data_args='{"num_workers": 1}'))
     wait_until_it_trains(job, tmp_path)
     family = [process for process in job.family.values() if is_python(process)]
     if whom == "every process":  # as SLURM does; data are loaded in processes too
         for process in [psutil.Process(job.process.pid), *family]:
             process.send_signal(signal.SIGTERM)
     elif whom == "one rank":
-        rank = next(process for process in family if "rank.py" in " ".join(process.cmdline()))
+        rank = next(process for process in job.family.values() if process.is_running() and "rank.py" in " ".join(process.cmdline()))
         rank.send_signal(signal.SIGUSR1)
     else:
         job.process.send_signal(signal.SIGUSR1)

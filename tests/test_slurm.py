@@ -12,7 +12,8 @@ from textwrap import dedent
 import psutil
 import pytest
 from cluster import cluster, free_ports, missing
-from conftest import REPOSITORY, TRAIN, Papermill, is_running, write_notebook
+from conftest import REPOSITORY, TRAIN, Papermill, write_notebook
+from warm import is_running
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 PACED = REPOSITORY / "tests" / "paced.py"
@@ -251,6 +252,7 @@ def test_no_rank_of_the_second_node_is_left_when_the_first_fails(launcher, workp
     assert_failed(job, workplace, "on the first")
 
 
+@pytest.mark.alone  # on a busy machine torchrun on the first node may hear of it minutes later
 def test_a_crash_on_the_second_node_is_started_again_by_torchrun(torchrun, workplace):
     first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     crash = f"if rank == 1 and {first}:\n    raise ValueError('once')\ntime.sleep(100 if {first} else 5)"  # the other rank is still there

@@ -7,6 +7,7 @@ import sys
 
 import psutil
 import pytest
+from warm import warm_python
 
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_2_offload",
               "deepspeed_stage_3_offload"]  # fmt: skip
@@ -71,10 +72,10 @@ def group_of(pid):
         return None
 
 
-def run(arguments, folder, timeout=120, **environment):
+def run(arguments, folder, timeout=120, python=sys.executable, **environment):
     """Run Python in a process group of its own; its exit code and output, once nothing of the group is left."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, text=True,
+    process = subprocess.Popen([python, *map(str, arguments)], cwd=folder, env=environment, text=True,
                                start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)  # ends when the last holder of the pipe has closed it
@@ -95,7 +96,7 @@ def trained(tmp_path_factory):
     """One pair of processes trains under one strategy after another: what both ranks recorded and what they printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.py").write_text(TRAIN)
-    code, output = run(["train.py", *STRATEGIES], folder, timeout=280)
+    code, output = run(["train.py", *STRATEGIES], folder, timeout=280, python=warm_python())
     assert code == 0, output
     return records_of_both_ranks(folder, STRATEGIES), output
 

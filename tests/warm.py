@@ -41,13 +41,15 @@ def end(number):
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
-kinds = sys.argv[1:2]
-if not kinds or (kinds[0] not in ("-m", "-c") and kinds[0].startswith("-")):
+words = sys.argv[1:]
+while words[:1] == ["-B"]:  # which multiprocessing adds where no bytecode is to be written
+    del words[0]
+if not words or (words[0] not in ("-m", "-c") and words[0].startswith("-")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
 files = [file for file in map(int, os.listdir("/proc/self/fd")) if file != server.fileno() and os.path.exists(f"/proc/self/fd/{{file}}")]
-request = dict(argv=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd(), files=files, parent=os.getppid(),
+request = dict(argv=words, environment=dict(os.environ), folder=os.getcwd(), files=files, parent=os.getppid(),
                ignored=[n for n in {forwarded} if signal.getsignal(n) == signal.SIG_IGN])
 file = os.memfd_create("request")
 os.write(file, json.dumps(request).encode())
@@ -88,11 +90,20 @@ def warm_python() -> str:
 def processes_left(within: float = 15) -> list[psutil.Process]:
     "The warm processes of this test process that still run, and what they have started, `within` seconds from now."
     deadline = time.monotonic() + within
-    while left := [one for server in SERVERS for one in psutil.Process(server.pid).children(recursive=True)]:
-        if time.monotonic() > deadline:
-            break
+    while (left := [*filter(is_running, running_children())]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def running_children() -> list[psutil.Process]:
+    return [child for server in SERVERS for child in psutil.Process(server.pid).children(recursive=True)]
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -111,6 +122,12 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
         parents = [child for parent in parents for child in children.pop(parent.pid, [])]
         found += parents
     return found
+
+
+def process_behind(client: psutil.Process) -> psutil.Process:
+    "The process that a client stands for."
+    notes = [Path(server.args[-2]).with_name(str(client.pid)) for server in SERVERS]
+    return next(psutil.Process(int(path.read_text())) for path in notes if path.exists())
 
 
 class Late:
@@ -155,11 +172,13 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes: dict[int, socket.socket] = {}
+    zombies: dict[int, float] = {}  # and when they are reaped: until then /proc tells how they ended, as it does of a real child
     with selectors.DefaultSelector() as selector:
         for source in (listener, waiting, sys.stdin.buffer.raw):
             selector.register(source, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
+            reap(zombies)
+            for key, _ in selector.select(1 if zombies else None):
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
                     request, files = receive(connection)
@@ -174,7 +193,7 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
                         connection.send(str(pid).encode())
                 elif key.fileobj is waiting:
                     waiting.recv(4096)
-                    report_ended(processes, selector)
+                    report_ended(processes, zombies, selector)
                 elif key.data in processes:  # a client has died
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(key.fileobj)
@@ -193,21 +212,23 @@ def client_of(connection: socket.socket) -> int:
     return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
 
-def report_ended(processes: dict[int, socket.socket], selector) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        if connection := processes.pop(pid, None):
-            with suppress(KeyError):  # its client has died before
-                selector.unregister(connection)
-            Path(connection.getsockname()).with_name(str(client_of(connection))).unlink()
-            with suppress(OSError):
-                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-            connection.close()
+def report_ended(processes: dict[int, socket.socket], zombies: dict[int, float], selector) -> None:
+    for pid in list(processes):
+        if not (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            continue
+        zombies[pid], connection = time.monotonic() + 5, processes.pop(pid)
+        with suppress(KeyError):  # its client has died before
+            selector.unregister(connection)
+        Path(connection.getsockname()).with_name(str(client_of(connection))).unlink()
+        with suppress(OSError):
+            connection.send(str(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status).encode())
+        connection.close()
+
+
+def reap(zombies: dict[int, float]) -> None:
+    for pid in [pid for pid, when in zombies.items() if when < time.monotonic()]:
+        os.waitpid(pid, 0)
+        del zombies[pid]
 
 
 def become(request: dict, files: list[int], executable: str) -> None:
@@ -235,6 +256,7 @@ def become(request: dict, files: list[int], executable: str) -> None:
     import multiprocessing.spawn
 
     multiprocessing.spawn.set_executable(executable)
+    tempfile.tempdir = None  # which this environment may place elsewhere
     reseed()
 
 
