@@ -20,6 +20,8 @@ from warm import descendants, is_running, warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way.
+os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 ALL = os.environ.get("SOAK") == "all"  # every campaign at its full length, which takes some hours; else what CI has time for
 TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
 INFER = TRAIN.with_name("infer.ipynb")
@@ -82,8 +84,7 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    "Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way."
-    os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    "The key of this installation is one of the tests' own."
     os.environ["DLNB_KEY"] = str(tmp_path_factory.mktemp("installation") / "key")
 
 

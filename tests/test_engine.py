@@ -32,7 +32,7 @@ if rank == 0:
         subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
 meet = lambda: time.sleep(600)
 """
-TORCHRUN = (warm_python(), "-m", "torch.distributed.run")
+TORCHRUN = ("-m", "torch.distributed.run")
 STARTS = [pytest.param(FABRIC, id="lightning", marks=pytest.mark.soak), pytest.param(RANKS, id="plain")]
 
 
@@ -251,7 +251,7 @@ def test_magics_and_display_work_on_every_rank(cold_papermill, tmp_path):
 
 @pytest.mark.soak
 def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_path):
-    launcher = (*TORCHRUN, "--nproc-per-node", "2", "--master-port", "29517")
+    launcher = (warm_python(), *TORCHRUN, "--nproc-per-node", "2", "--master-port", "29517")
     job = papermill(
         write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, "print('rank', rank)"),
         launcher=launcher,
@@ -265,7 +265,7 @@ def test_torchrun_starts_the_ranks_and_one_notebook_is_written(papermill, tmp_pa
 
 @pytest.mark.soak
 def test_torchrun_with_a_rank_that_raises(papermill, tmp_path):
-    launcher = (*TORCHRUN, "--nproc-per-node", "2", "--master-port", "29518")
+    launcher = (warm_python(), *TORCHRUN, "--nproc-per-node", "2", "--master-port", "29518")
     fail = "if rank == 1:\n    raise ValueError('under torchrun')\nmeet()"
     job = papermill(write_notebook(tmp_path / "in.ipynb", "devices = 1", FABRIC, fail, "pass"), launcher=launcher, devices=2)
     assert job.wait() != 0

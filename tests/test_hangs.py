@@ -119,10 +119,10 @@ def temporary(monkeypatch):
 def training(papermill, tmp_path):
     "Start a training of many steps on two ranks, with a line of the training step."
 
-    def start(step: str = "pass", launcher: tuple[str, ...] = (warm_python(),), **settings):
+    def start(step: str = "pass", launcher: tuple[str, ...] = (), **settings):
         (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step=step))
         given = dict(model=f"{tmp_path}/slow.py:Slow", strategy="ddp", devices=2, accelerator="cpu", root=str(tmp_path / "runs"))
-        return papermill(TRAIN, launcher=launcher, **given | settings)
+        return papermill(TRAIN, launcher=(warm_python(), *launcher), **given | settings)
 
     return start
 
@@ -353,7 +353,7 @@ TORCHRUN = (
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("launcher", [(warm_python(),), TORCHRUN], ids=["Lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["Lightning", "torchrun"])
 def test_a_deadlock_ends_the_training_and_names_the_rank_behind(training, tmp_path, launcher):
     step = "if self.trainer.global_rank == 1 and self.trainer.global_step == 5: __import__('threading').Event().wait()"
     job = training(step, launcher, max_epochs=500, progress_timeout=15)
