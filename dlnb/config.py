@@ -148,6 +148,8 @@ class Training(Settings):
     accumulate_grad_batches: Annotated[int, Role(search="value")] = Field(1, ge=1)  # batches per optimizer step
     gradient_clip_val: Annotated[float | None, Role(search="value")] = Field(None, gt=0)
     gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value")] = "norm"
+    # what computes its activations again in the backward pass: "block" for what the model repeats, or the names of classes
+    activation_checkpointing: Annotated[Words, Role(identity=False)] = []
     log_every_n_steps: Annotated[int, Role(identity=False)] = Field(10, ge=1)
 
 # %% ../nbs/05_config.ipynb #c65b995b

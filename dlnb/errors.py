@@ -59,5 +59,5 @@ class Preempted(SystemExit):
         return self.message
 
 
-class Pruned(Exception):
+class Pruned(DlnbError):
     "The training was ended by the study's pruner."

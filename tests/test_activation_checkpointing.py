@@ -7,7 +7,9 @@ import pytest
 from conftest import TRAIN
 
 pytestmark = pytest.mark.timeout(400)
-GPT = dict(model="dlnb.examples:ByteGPT", model_args={"num_layers": 3, "embed_dim": 32, "num_heads": 2, "context_length": 32, "dropout": 0.1})
+GPT = dict(
+    model="dlnb.examples:ByteGPT", model_args={"num_layers": 3, "embed_dim": 32, "num_heads": 2, "context_length": 32, "dropout": 0.1}
+)
 GPT |= dict(data="dlnb.examples:PythonSource", data_args={"context_length": 32})
 HUGGING_FACE = dict(model=f"{Path(__file__).with_name('finetuned.py')}:Causal", data=f"{Path(__file__).with_name('finetuned.py')}:Tokens")
 SHARED = dict(accelerator="cpu", devices=2, max_steps=4, batch_size=4, optimizer="AdamW", monitor=None)
@@ -19,7 +21,9 @@ def weights(launch, root: Path, **settings) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_3", *(pytest.param(name, marks=pytest.mark.soak) for name in ("ddp", "deepspeed_stage_2"))]
+)
 @pytest.mark.parametrize("project", [GPT, HUGGING_FACE], ids=["blocks", "Hugging Face"])
 def test_the_bytes_are_those_of_a_training_that_keeps_all(launch, tmp_path, strategy, project):
     found = []

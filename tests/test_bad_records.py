@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dlnb.track import RunRecord, best, compare, plot_metrics, plot_runs, prune, read_metrics, runs
-from dlnb.tracking.catalogue import _record_folders, read_records
+from dlnb.tracking.catalogue import _record_folders, find_records
 
 SETTINGS = {"model": "nets:Net", "data": "nets:Data", "lr": 0.1, "monitor": "val_loss", "monitor_mode": "min", "tags": ["a"]}
 SETTINGS |= {"strategy": "auto", "model_args": {"width": 8}, "data_args": {}}
@@ -110,7 +110,7 @@ PLACES = {
 
 def check_that_the_others_are_served(root: Path, bad: Path, told: str) -> None:
     "One warning that names the bad one, by each of what reads all."
-    for search in (runs, best, prune, read_records):
+    for search in (runs, best, prune, find_records):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = search(root)

@@ -14,7 +14,7 @@ from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
 from dlnb.track import RunRecord, best, compare, plot_runs, prune, runs
-from dlnb.tracking.catalogue import read_records
+from dlnb.tracking.catalogue import find_records
 from dlnb.trainer import fit
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
@@ -40,7 +40,7 @@ def spoiled(root: Path, text: str) -> Path:
 
 
 def test_the_record_tells_what_a_run_was(root):
-    (record,) = [record for record in read_records(root) if record.settings["lr"] == 1e-3]
+    (record,) = [record for record, _ in find_records(root) if record.settings["lr"] == 1e-3]
     assert record.hardware["cpu_count"] == os.cpu_count() and record.versions["torch"]
     assert record.best_metrics["val_loss"] == pytest.approx(record.best_score)
     assert record.state == "finished" and record.started <= record.ended
@@ -90,7 +90,7 @@ def test_prune_lists_and_deletes_only_on_a_second_word_and_never_a_best_one(root
     assert len(listed) == 4 and all(Path(run, "checkpoints", name).exists() for run, name, _ in listed.values)
     deleted = prune(copy, delete=True)
     assert deleted.equals(listed) and prune(copy).empty
-    for record in read_records(copy):
+    for record, _ in find_records(copy):
         if record.status == "finished":
             assert (record.folder / record.best_checkpoint).exists()
             assert fit(RunConfig(**record.settings | {"root": str(copy)})).folder == record.folder  # it is still shown
@@ -304,7 +304,7 @@ def unreachable(tmp_path, address: str) -> tuple[str, dict]:
     command = [sys.executable, "-c", UNREACHABLE, repr(TASK), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr, read_records(tmp_path)[0].wandb
+    return done.stdout + done.stderr, find_records(tmp_path)[0][0].wandb
 
 
 @pytest.mark.soak

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_reshape import Training
+from test_reshard import Training
 from torch.distributed.checkpoint import FileSystemReader
 
 from dlnb.checkpoint.manifest import KEY, Manifest, check_files, is_own, read_manifest

@@ -99,7 +99,7 @@ def inference_config(
     config = RunConfig(**kept | given, resume=str(source.weights))
     if config.strategy.startswith(("deepspeed", "fsdp")):
         raise ValueError(
-            f"strategy={config.strategy!r} cuts a model to train it. Inference loads one file of weights, whatever strategy "
+            f"strategy={config.strategy!r} shards a model to train it. Inference loads one file of weights, whatever strategy "
             "trained it: give 'ddp', or 'auto'."
         )
     return config

@@ -14,7 +14,6 @@ from pathlib import Path
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
-from ..errors import Preempted
 from .failure import early_leavers, find_cause, is_consequence
 from .rank_record import CAUSE_GRACE, Rank, read_ranks
 from .rank_watch import RankWatch
@@ -61,7 +60,7 @@ def diagnose(
 ) -> Rank:
     "The failure that the others follow from: `own` where it is rank 0's."
     failure = watch.failure
-    if own.ename == Preempted.__name__ and is_preempted(watch.folder):
+    if is_preempted(watch.folder):
         return own
     if request.signal and not (failure and failure.time < request.time):
         return Rank(0, own.pid, ename="Stopped", evalue=f"{signal.Signals(request.signal).name} ended all ranks")

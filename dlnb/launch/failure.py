@@ -32,14 +32,14 @@ def find_failure(
     return find_cause([rank for rank in ranks if rank.status == "failed"])
 
 
-LOST = re.compile(r"gloo|nccl|connection (was |is )?(closed|reset|refused|lost)|broken pipe|socket timeout|wait timeout", re.I)
+LOST_CONNECTION = re.compile(r"gloo|nccl|connection (was |is )?(closed|reset|refused|lost)|broken pipe|socket timeout|wait timeout", re.I)
 
 # %% ../../nbs/launch/03_failure.ipynb #a63f1e56
 def remoteness(
     failure: Rank,
 ) -> int:  # 0 to 2
     "How far a failure may be from the cause: whoever waits for a rank that has failed loses the connection."
-    if failure.ename.startswith(("Dist", "Connection")) or (failure.ename == "RuntimeError" and LOST.search(failure.evalue)):
+    if failure.ename.startswith(("Dist", "Connection")) or (failure.ename == "RuntimeError" and LOST_CONNECTION.search(failure.evalue)):
         return 2
     # Lightning kills the others when a rank was interrupted.
     killed = failure.ename == "RankDied" and re.search("SIGKILL|SIGTERM", failure.evalue)

@@ -27,7 +27,7 @@ from ..system.processes import Process
 
 # %% ../../nbs/search/03_trial_queue.ipynb #facb1002
 HEARTBEAT_EVERY = 20.0  # seconds between two heartbeats of a worker
-STALE_AFTER = 120.0  # seconds without a heartbeat after which a worker on another machine counts as stale
+WORKER_STALE_AFTER = 120.0  # seconds without a heartbeat after which a worker on another machine counts as stale
 
 
 def trial_id(row: FrozenTrial) -> int:
@@ -113,7 +113,7 @@ class TrialQueue(StudyTrials):
         if worker and worker.is_here:
             return not worker.is_running
         silence = self.silences[trial_id(row)].of((worker, row.user_attrs.get("alive")))
-        return silence > (STALE_AFTER if worker else HEARTBEAT_EVERY)
+        return silence > (WORKER_STALE_AFTER if worker else HEARTBEAT_EVERY)
 
 # %% ../../nbs/search/03_trial_queue.ipynb #df990800
 class ExhaustibleStudy(optuna.study.Study):

@@ -57,7 +57,7 @@ class Died(NamedTuple):
 
 # %% ../../nbs/session/01_processes.ipynb #bee8fd21
 class RankProcesses:
-    "One process a rank, each with a channel to this one."
+    "One process per rank, each with a channel to this one."
 
     def __init__(self) -> None:
         self.processes, self.channels, self.stores = [], [], []

@@ -10,10 +10,11 @@ import logging
 
 # %% ../../nbs/system/00_log.ipynb #81958073
 class _Print(logging.Handler):
-    "Prints messages to `sys.stdout` as it is when they come: a kernel, papermill and pytest replace it."
+    "Prints messages to `sys.stdout` as it is when they come, which a kernel, papermill and pytest replace, unless the logger has another handler."
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        if log.handlers == [self]:
+            print(self.format(record), flush=True)
 
 
 log = logging.getLogger("dlnb")

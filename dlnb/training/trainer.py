@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Stoc
 from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ..callbacks.activation_checkpointing import ActivationCheckpointing
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
 from ..callbacks.exclude_frozen import ExcludeFrozen
 from ..callbacks.hyperparameters import PlainHyperparameters
@@ -67,6 +68,8 @@ def build_trainer(
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
         callbacks.append(CheckMonitor(config.monitor, config.is_default("monitor")))
+    if config.activation_checkpointing:
+        callbacks.append(ActivationCheckpointing(config.activation_checkpointing))
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
     metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
