@@ -89,6 +89,11 @@ def check_options(
     check_keys(keys)
 
 # %% ../nbs/04_strategy.ipynb #e23224cf
+def uncompiled(module: Any) -> Any:
+    "What `torch.compile` has wrapped; what it has not wrapped, as it is."
+    return getattr(module, "_orig_mod", module)
+
+
 class Compiled(nn.Module):
     "Stands for a module that `torch.compile` has wrapped: the same names of parameters, the same compiled code."
 

@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 from dlnb.system import internals
 
 LISTED = {name for internal in internals.LIGHTNING + internals.OTHERS + internals.DEEPSPEED for name in internal.names}
-PUBLIC = {"_replace", "_asdict", "_exit"}  # of named tuples, and of os
+PUBLIC = {"_replace", "_asdict", "_exit", "_render_traceback_"}  # of named tuples, of os, and of IPython
 MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.stem != "_modidx")
 TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text()) for path in MODULES}
 
@@ -22,13 +22,19 @@ def defined_in(nodes: list[ast.AST]) -> set[str]:
     return {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
 
 
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 def own_names() -> set[str]:
-    "What dlnb defines itself: functions, classes, and attributes that it sets."
+    "What dlnb defines itself: functions, classes, and attributes of its own objects."
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
     defined = defined_in(nodes)
     fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    attributes = {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value)
+    }
     return defined | fields | assigned | attributes
 
 

@@ -88,6 +88,8 @@ def _gather(folder: Path, out: Path) -> None:
         shapes = {name: checked_shape(list(entry.size)) for name, entry in entries.items()}
     except ValueError:
         raise
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is damaged: {error.filename} is missing.") from error
     except Exception as error:  # its description is any object
         raise ValueError(f"{folder} is damaged: its .metadata does not describe a checkpoint ({error!r}).") from error
     weights = {name: Weight(TORCH_DTYPES[dtypes[name]], shapes[name], lambda: iter(())) for name in entries}

@@ -42,7 +42,7 @@ class _Checkpoint(Unpickler):
             "torch.Size": tuple,
             "builtins.set": _set,
             "builtins.frozenset": _frozenset,
-        }.get(f"{module}.{name}")
+        }.get(f"{module}.{name}".replace("__builtin__.", "builtins."))  # its name in the protocol that torch.save uses
         if rebuild is None:
             rebuild = Mapping if name in MAPPINGS else type(name, (Foreign,), {"origin": f"{module}.{name}"})
         return rebuild

@@ -6,44 +6,28 @@
 __all__ = []
 
 # %% ../../nbs/launch/12_manager.ipynb #99e149e2
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.engines import NotebookExecutionManager
-from papermill.iorw import LocalHandler, papermill_io, write_ipynb
+from papermill.iorw import LocalHandler, papermill_io
 from papermill.log import logger
 
 from .job_folder import note_run
 from .rank_record import Rank
 from .terminal import Terminal
+from ..system.atomic import new_text_file
 
-# %% ../../nbs/launch/12_manager.ipynb #1cc63ae8
-AUTOSAVE_SHARE = 0.05  # of the time, at most, goes into writing the output notebook while a cell runs
-COST = 30e-9  # seconds to write a character more, about
+# %% ../../nbs/launch/12_manager.ipynb #476e0f9e
+class Streams:
+    "The streams of cells, printed to as terminals are."
 
-# %% ../../nbs/launch/12_manager.ipynb #fddb097b
-class NotebookManager(NotebookExecutionManager):
-    "papermill's record of an execution, for notebooks that may end early."
-
-    saved = False  # at least once
-    saved_at, cost = 0.0, 0.0  # when it was last written, by the monotonic clock, and how many seconds that took
-    printed = 0  # characters since then
     terminal: Terminal | None = None  # the stream that was printed to last
-
-    def __init__(
-        self,
-        nb: NotebookNode,
-        output_path: str | None = None,
-        job: Path | None = None,  # the job folder
-        view: Callable[[NotebookNode], None] | None = None,  # shows the notebook to whoever waits for it
-        **kwargs,  # for papermill's manager
-    ):
-        super().__init__(nb, output_path, **kwargs)
-        self.job, self.view = job, view
+    printed = 0  # characters since the notebook was last written
 
     def append_stream(
         self,
@@ -64,6 +48,19 @@ class NotebookManager(NotebookExecutionManager):
         "Bring the text of the outputs up to date."
         if self.terminal is not None:
             self.terminal.settle()
+
+# %% ../../nbs/launch/12_manager.ipynb #1cc63ae8
+AUTOSAVE_SHARE = 0.05  # of the time, at most, goes into writing the output notebook while a cell runs
+COST = 30e-9  # seconds to write a character more, about
+
+# %% ../../nbs/launch/12_manager.ipynb #224d05d6
+class SavedNotebook(Streams, NotebookExecutionManager):
+    "papermill's output notebook, written atomically and in bounded time."
+
+    saved = False  # at least once
+    saved_at, cost = 0.0, 0.0  # when it was last written, by the monotonic clock, and how many seconds that took
+    job: Path | None = None  # the job folder
+    view: Callable[[NotebookNode], None] | None = None  # shows the notebook to whoever waits for it
 
     def autosave_cell(self, **kwargs) -> None:
         "Write the output notebook every few seconds, but spend at most a share of the time on it, however big it is."
@@ -90,16 +87,25 @@ class NotebookManager(NotebookExecutionManager):
         self.cost = self.saved_at - began
 
     def _write(self, **kwargs) -> None:
-        "Write it beside its place and then there, so that a kill leaves the one before."
         if not self.output_path or not isinstance(papermill_io.get_handler(self.output_path), LocalHandler):
             return super().save(**kwargs)
-        path = Path(self.output_path)
-        new = path.with_name(f".{path.name}.{os.getpid()}.ipynb")
-        try:
-            write_ipynb(self.nb, str(new))
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+        with new_text_file(Path(self.output_path)) as file:
+            file.write(nbformat.writes(self.nb))
+
+# %% ../../nbs/launch/12_manager.ipynb #fddb097b
+class NotebookManager(SavedNotebook):
+    "papermill's record of an execution, for notebooks that may end early."
+
+    def __init__(
+        self,
+        nb: NotebookNode,
+        output_path: str | None = None,
+        job: Path | None = None,  # the job folder
+        view: Callable[[NotebookNode], None] | None = None,  # shows the notebook to whoever waits for it
+        **kwargs,  # for papermill's manager
+    ):
+        super().__init__(nb, output_path, **kwargs)
+        self.job, self.view = job, view
 
     def notebook_complete(
         self,

@@ -27,6 +27,7 @@ def _named(kind: str, module: Any) -> dict[str, type]:
 
 
 SAMPLERS, PRUNERS = _named("Sampler", optuna.samplers), _named("Pruner", optuna.pruners)
+del SAMPLERS["GridSampler"]  # it takes no trial that is enqueued; BruteForceSampler goes through all values too
 
 # %% ../../nbs/search/01_study.ipynb #60423d8d
 def _build(kind: str, classes: dict[str, type], name: str, arguments: Mapping[str, Any], known: Mapping[str, Any]) -> Any:

@@ -54,7 +54,8 @@ LIGHTNING = (
     *TRAINER,
     _internal(
         "lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
-        "_save_monitor_checkpoint _save_last_checkpoint _monitor_candidates _get_metric_interpolated_filepath_name",
+        "_save_monitor_checkpoint _save_last_checkpoint _monitor_candidates _get_metric_interpolated_filepath_name _save_checkpoint "
+        "_remove_checkpoint _should_remove_checkpoint _last_global_step_saved _last_checkpoint_saved",
         "checkpoint.model_checkpoint",
         "save when Lightning does, and rank checkpoints by paths that may move",
     ),
@@ -67,6 +68,7 @@ LIGHTNING = (
     _internal(
         "lightning.pytorch.strategies.deepspeed:DeepSpeedStrategy", "_format_config", "strategy", "have a mixed precision be autocast"
     ),
+    _internal("lightning.pytorch.strategies.parallel:ParallelStrategy", "_parallel_devices", "strategy", "give DeepSpeed its CPU ranks"),
     _internal("lightning.fabric.loggers.logger", "_DummyExperiment", "tracking.wandb", "stand in for W&B where it has failed"),
 )
 
@@ -81,6 +83,10 @@ OTHERS = (
     _internal("torch.utils._pytree", "tree_leaves", "checkpoint.host_copy", "count the bytes of nested tensors"),
     _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),
     _internal("torch.utils.cpp_extension", "_get_build_directory", "optimizers.compiled", "find out whether an operator is compiled"),
+    _internal("torch._dynamo.eval_frame:OptimizedModule", "_orig_mod", "strategy", "reach the module that torch.compile has wrapped"),
+    _internal("torch.optim.adamw:AdamW", "_step_supports_amp_scaling", "optim", "have gradients unscaled before they are clipped"),
+    _internal("IPython.core.interactiveshell:InteractiveShell", "_showtraceback", "launch.shell", "record the error that a cell shows"),
+    _internal("IPython.core.displayhook:DisplayHook", "_is_active", "session.shell", "end the display of a rank's value"),
     _internal("torch.nn.modules.batchnorm", "_NormBase", "optimizers.groups", "exempt normalization from weight decay"),
     _internal(
         "torch.distributed.checkpoint.state_dict_loader",

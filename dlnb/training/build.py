@@ -17,6 +17,7 @@ from ..data import DataModule
 from ..optim import provide_optimizers
 from ..settings.model_and_data import OPTIMIZER
 from ..settings.objects import build_objects
+from ..strategy import uncompiled
 from ..system.log import log
 from ..tracking.fingerprint import Fingerprint, is_same_class, remember
 from ..tracking.kept_source import given_source
@@ -100,7 +101,7 @@ def _check_class(config: RunConfig, part: str, value: Any) -> None:
     wanted = getattr(config, f"{part}_class")
     if not isinstance(wanted, type):
         return
-    found: Any = type(getattr(value, "_orig_mod", value))  # torch.compile wraps it
+    found: Any = type(uncompiled(value))
     if part == "data" and not config.has_data_module and isinstance(value, DataModule):
         found = value.dataset_class
     if is_same_class(found, wanted):
