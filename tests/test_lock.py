@@ -353,7 +353,7 @@ def test_a_worker_that_cannot_be_seen_loses_its_trial_only_when_it_is_silent(tmp
     from dlnb.search import trial_queue
     from dlnb.search.storage import open_storage
 
-    monkeypatch.setattr(trial_queue, "STALE_AFTER", 0.5)
+    monkeypatch.setattr(trial_queue, "WORKER_STALE_AFTER", 0.5)
     storage = open_storage(None, tmp_path)
     optuna.create_study(study_name="study", storage=storage)
     rows = trial_queue.TrialQueue("study", storage, 1, tmp_path)

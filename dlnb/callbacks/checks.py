@@ -25,18 +25,31 @@ class CheckMonitor(Callback):
         self.monitor: str | None = monitor
         self.resumed: str | None = monitor  # as the checkpoint has it that is resumed from
         self.is_default = is_default
+        self.is_logged = self.has_validated = False
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = validation_names(trainer)
-        if not self.monitor.startswith("val") or self.monitor in logged:
+        self.is_logged = self.monitor in logged
+        if not self.monitor.startswith("val") or self.is_logged:
             return
         losses = [name for name in logged if "loss" in name]
         if not self.is_default or len(losses) != 1 and logged:
             raise ValueError(f"The model does not log what is monitored: {unknown('monitor', self.monitor, logged)}")
         self._follow(trainer, losses[0] if losses else None)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.has_validated |= not trainer.sanity_checking
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.epoch_progress.current.completed:
+            self._look_again(trainer)  # also at what the module logs at an epoch's end, after its callbacks
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_again(trainer)
+
+    def _look_again(self, trainer: Trainer) -> None:
+        self.is_logged |= self.monitor in trainer.callback_metrics
+        if self.monitor is not None and not self.is_logged and (self.has_validated or not trainer.enable_validation):
             self._follow(trainer, None)  # nobody has looked before: rather no monitor than a training that ends here
 
     def _follow(self, trainer: Trainer, name: str | None) -> None:
@@ -58,6 +71,8 @@ class CheckMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.resumed != self.monitor:
             self._follow(trainer, self.resumed)
+        elif self.monitor.startswith("val") and self.is_default and not trainer.enable_validation:
+            self._follow(trainer, None)
 
 # %% ../../nbs/callbacks/03_checks.ipynb #3433c53d
 def _set_monitor(trainer: Trainer, before: str | None, name: str | None) -> None:

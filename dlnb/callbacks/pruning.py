@@ -37,8 +37,12 @@ class ReportProgress(Callback):
             self._tell(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.in_epoch == 0:
+        if self.in_epoch == 0 and (self.after_epochs or not self.reports) and self.monitor in trainer.callback_metrics:
             self.after_epochs = True
+            self._tell(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.reports:
             self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:

@@ -89,6 +89,13 @@ class DeferredCheckpoints(RankedCheckpoints):
         "Also the one that the training resumed from: when it is removed, a newer one is complete."
         return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        "A metric that is not logged ends no training: the newest checkpoint is kept, and `CheckMonitor` reports it."
+        if self.monitor is None or self.monitor in monitor_candidates:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        elif self.save_top_k:
+            self._save_none_monitor_checkpoint(trainer, monitor_candidates)
+
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         score = monitor_candidates.get(self.monitor)
         if score is None or trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(score))):

@@ -17,7 +17,7 @@ from .environment import external_rank
 from .failure import is_consequence
 from .lifeline import end_with_supervisor
 from .rank_record import CAUSE_GRACE, LEFT, LINGER, Rank
-from .shell import make_shell
+from .shell import interrupt_behind, make_shell
 from ..system.job import await_job_folder
 
 # %% ../../nbs/launch/07_rank.ipynb #08d597ef
@@ -66,7 +66,7 @@ def _run_cell(shell, cell) -> bool:
         return True
     result = shell.run_cell(cell.source, silent=True)
     shell.execution_count += 1  # a traceback then names the cell as rank 0's does
-    error = result.error_in_exec
+    error = interrupt_behind(result.error_in_exec)
     ends_well = isinstance(error, SystemExit) and not error.code
     if shell.failure and isinstance(error, (SystemExit, KeyboardInterrupt)):  # of which IPython shows one line
         traceback = shell.InteractiveTB.structured_traceback(type(error), error, error.__traceback__, tb_offset=1)

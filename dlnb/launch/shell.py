@@ -36,19 +36,21 @@ def make_shell(
     return shell
 
 # %% ../../nbs/launch/06_shell.ipynb #7589819f
-def report_interrupts(shell) -> None:
-    "Lightning ends a training by Ctrl-C with `sys.exit(1)`: have the shell report the `KeyboardInterrupt` that it handled."
+def interrupt_behind(error: BaseException | None) -> BaseException | None:
+    "Lightning ends a training by Ctrl-C with `sys.exit(1)`: the `KeyboardInterrupt` that it handled, or any other error as it is."
+    handled = error.__context__ if isinstance(error, SystemExit) and error.code else None
+    return handled if isinstance(handled, KeyboardInterrupt) else error
 
-    def cause(error: BaseException | None) -> BaseException | None:
-        handled = error.__context__ if isinstance(error, SystemExit) and error.code else None
-        return handled if isinstance(handled, KeyboardInterrupt) else error
+
+def report_interrupts(shell) -> None:
+    "Have the shell report the interrupt that is behind an error."
 
     def name(result) -> None:
-        result.error_in_exec = cause(result.error_in_exec)
+        result.error_in_exec = interrupt_behind(result.error_in_exec)
 
     def showtraceback(exc_tuple=None, *args, **kwargs) -> None:
         raised = (exc_tuple or sys.exc_info())[1]
-        if (error := cause(raised)) is not raised:
+        if (error := interrupt_behind(raised)) is not raised:
             exc_tuple, kwargs = (type(error), error, error.__traceback__), kwargs | {"exception_only": False}
         show(exc_tuple, *args, **kwargs)
 

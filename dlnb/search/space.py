@@ -66,7 +66,7 @@ def read_space(
     "The search space. Raises `ValueError` where a name is no setting, or where a value that can be drawn is impossible for it."
     if callable(given):
         return given
-    if isinstance(given, str) and re.fullmatch(r"[\w./-]+:\w+", given):
+    if isinstance(given, str) and re.fullmatch(r"[^{\n][^\n]*:\w+", given):
         return load_function(given, "search_space")
     given = read_text(given) if isinstance(given, str) else given
     if not isinstance(given, Mapping) or not given:

@@ -54,7 +54,7 @@ LIGHTNING = (
     *TRAINER,
     _internal(
         "lightning.pytorch.callbacks.model_checkpoint:ModelCheckpoint",
-        "_save_monitor_checkpoint _save_last_checkpoint _monitor_candidates _get_metric_interpolated_filepath_name _save_checkpoint "
+        "_save_topk_checkpoint _save_none_monitor_checkpoint _save_monitor_checkpoint _save_last_checkpoint _monitor_candidates _get_metric_interpolated_filepath_name _save_checkpoint "
         "_remove_checkpoint _should_remove_checkpoint _last_global_step_saved _last_checkpoint_saved",
         "checkpoint.model_checkpoint",
         "save when Lightning does, and rank checkpoints by paths that may move",

@@ -10,11 +10,10 @@ import logging
 
 # %% ../../nbs/system/00_log.ipynb #81958073
 class _Print(logging.Handler):
-    "Prints messages to `sys.stdout` as it is when they come, which a kernel, papermill and pytest replace, unless the logger has another handler."
+    "Prints messages to `sys.stdout` as it is when they come: a kernel, papermill and pytest replace it."
 
     def emit(self, record: logging.LogRecord) -> None:
-        if log.handlers == [self]:
-            print(self.format(record), flush=True)
+        print(self.format(record), flush=True)
 
 
 log = logging.getLogger("dlnb")

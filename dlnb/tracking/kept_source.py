@@ -16,7 +16,7 @@ from .sources import needed_source
 
 # %% ../../nbs/tracking/10_kept_source.ipynb #c3bebe28
 NOTEBOOK = "__main__:"  # what the paths of the running notebook's classes begin with
-_PLACES = ("model", "data", "model_args", "data_args")
+_PLACES = ("model", "data", "model_args", "data_args", "collate_fn", "data_sampler", "callbacks", "logger")
 
 
 def _texts(value: Any) -> Iterator[str]:

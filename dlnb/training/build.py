@@ -89,6 +89,10 @@ def with_objects(
     for part, value in objects.items():
         if value is None:
             continue
+        if isinstance(value, type):
+            raise ValueError(
+                f"{part}={value.__name__} is a class. Pass an object of it, or its path as the setting {part}, and {part}_args."
+            )
         _check_class(config, part, value)
         fingerprint = Fingerprint(value)
         sources = named(fingerprint.sources) | sources

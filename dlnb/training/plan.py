@@ -162,8 +162,8 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
         made = model.configure_optimizers()
     except Exception:  # of a module without a Trainer: Lightning asks again
         return
-    made = made[0] if isinstance(made, tuple) else made
-    if isinstance(made, list) and len(made) > 1:
+    made = made[0] if isinstance(made, tuple) and isinstance(made[0], list) else made  # optimizers, and their schedulers
+    if isinstance(made, (list, tuple)) and len(made) > 1:
         raise ValueError(
             f"strategy={config.strategy!r}: {type(model).__name__} has {len(made)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -133,7 +133,8 @@ def make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **a
         "default_root_dir": folder,
         "enable_model_summary": False,  # the record counts the parameters
     }
-    if config.trainer_args.get("enable_progress_bar", True):
+    own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if config.trainer_args.get("enable_progress_bar", True) and not own_bar:
         callbacks.append(progress_bar())
     callbacks.append(MarkProgress(config.progress_timeout))
     trainer = Trainer(**shared | arguments | config.trainer_args)

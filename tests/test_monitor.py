@@ -1,0 +1,69 @@
+"""What is monitored when it is logged late, seldom, or by the module itself; and code of users that could not be trained."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+
+from dlnb.config import RunConfig
+from dlnb.examples import DigitsNet
+from dlnb.search.study import StudyConfig
+from dlnb.trainer import fit
+from dlnb.tuner import tune
+
+pytestmark = pytest.mark.timeout(300)
+SETTINGS = dict(model=f"{__file__}:Scored", data="dlnb.examples:Digits", data_args={"num_workers": 0}, accelerator="cpu", devices=1)
+SETTINGS |= dict(batch_size=256, max_epochs=4)
+
+
+class Scored(DigitsNet):
+    "It logs a score at the end of each epoch of training, after its callbacks."
+
+    def on_train_epoch_end(self):
+        self.log("score", float(self.current_epoch))
+
+
+class Two(DigitsNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "more, best",
+    [
+        (dict(trainer_args={"check_val_every_n_epoch": 2}), "epoch=3"),
+        (dict(monitor="score", monitor_mode="max"), "epoch=3"),
+        (dict(monitor="score", monitor_mode="min"), "epoch=0"),
+    ],
+    ids=["every second epoch", "greatest at the end", "least at the beginning"],
+)
+def test_a_metric_that_is_logged_late_is_monitored_to_the_end(tmp_path, capsys, more, best):
+    record = fit(RunConfig(**SETTINGS | more, root=str(tmp_path)))
+    assert record.best_score is not None and best in record.best_checkpoint
+    assert "is not logged" not in capsys.readouterr().out
+
+
+def test_a_metric_that_is_never_logged_is_reported_and_the_training_ends_well(tmp_path, capsys):
+    record = fit(RunConfig(**SETTINGS, monitor="scores", root=str(tmp_path)))
+    assert record.status == "finished" and record.best_checkpoint
+    assert "scores is not logged" in capsys.readouterr().out
+
+
+def test_trials_report_a_metric_of_every_second_epoch(tmp_path):
+    search = StudyConfig(search_space={"lr": {"low": 1e-3, "high": 1e-2}}, n_trials=2)
+    study = tune(RunConfig(**SETTINGS, trainer_args={"check_val_every_n_epoch": 2}, root=str(tmp_path)), search)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+
+
+def test_two_optimizers_are_refused_in_whatever_form_before_a_file_is_written(tmp_path):
+    with pytest.raises(ValueError, match="has 2 optimizers"):
+        fit(RunConfig(**SETTINGS | dict(model=f"{__file__}:Two", strategy="deepspeed_stage_2"), root=str(tmp_path)))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_progress_bar_of_ones_own_takes_the_place_of_dlnbs(tmp_path):
+    assert fit(RunConfig(**SETTINGS | dict(max_epochs=1), root=str(tmp_path)), callbacks=[RichProgressBar()]).status == "finished"
+
+
+def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model=Scored is a class. Pass an object of it"):
+        fit(RunConfig(**SETTINGS, root=str(tmp_path)), Scored)
