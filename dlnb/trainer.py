@@ -112,7 +112,9 @@ def fit_trial(
     with quiet_lightning():
         trainer = build_trainer(RunPlan(config, record), reporter, group=group, checkpoints=checkpoints)
         with recorded_end(trainer, record):
-            trainer.fit(build_model(config), datamodule=build_data(config))
+            model = build_model(config)
+            check_trainable(config, model)
+            trainer.fit(model, datamodule=build_data(config))
             _recorder(trainer).update(trainer, finished_epochs=trainer.current_epoch)
             if reporter.pruned:
                 raise Pruned(f"after {trainer.current_epoch} epochs")

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
 from dlnb.config import RunConfig
+from dlnb.errors import TuningError
 from dlnb.examples import DigitsNet
 from dlnb.search.study import StudyConfig
 from dlnb.trainer import fit
@@ -25,6 +26,15 @@ class Scored(DigitsNet):
 class Two(DigitsNet):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Own(DigitsNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_own():
+    return Own()
 
 
 @pytest.mark.parametrize(
@@ -67,3 +77,9 @@ def test_a_progress_bar_of_ones_own_takes_the_place_of_dlnbs(tmp_path):
 def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="model=Scored is a class. Pass an object of it"):
         fit(RunConfig(**SETTINGS, root=str(tmp_path)), Scored)
+
+
+def test_a_search_over_a_rate_that_a_functions_model_does_not_read_ends_with_that_sentence(tmp_path):
+    search = StudyConfig(search_space={"lr": {"low": 1e-3, "high": 1e-2}}, n_trials=3, max_failures=1)
+    with pytest.raises(TuningError, match="would change nothing: Own, which model="):
+        tune(RunConfig(**SETTINGS | dict(model=f"{__file__}:make_own"), root=str(tmp_path)), search)

@@ -23,7 +23,7 @@ from ..checkpoint.trust import key_file
 from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..formats.reader import read_layout
-from ..settings.model_and_data import own_optimizer
+from ..settings.model_and_data import OPTIMIZER, own_optimizer
 from ..system.log import log
 from ..tracking.environment import package_versions
 from ..tracking.record import RunRecord
@@ -145,6 +145,16 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
         log.info(str(find_pretrained(model, weights)))
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
+def _check_read(config: RunConfig, model: LightningModule) -> None:
+    "Raise `ValueError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
+    ignored = [name for name in OPTIMIZER if not config.is_default(name) and name not in config.passed_to_model]
+    for name in ignored:
+        raise ValueError(
+            f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has an "
+            f"optimizer of its own, and the function takes no argument {name}. Leave it out, or have the function take it."
+        )
+
+
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a module without a training step or the named blocks, and for one whose optimizers the strategy cannot step."
     if not is_overridden("training_step", model):
@@ -156,6 +166,8 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
             f"strategy={config.strategy!r}: FSDP's flat shards have lost the shapes by which dlnb's optimizer decides what decays. Define "
             f"configure_optimizers in {type(model).__name__}."
         )
+    if not inspect.isclass(config.model_class) and own_optimizer(type(model)):
+        _check_read(config, model)
     if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
         return
     try:
