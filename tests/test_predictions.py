@@ -545,7 +545,7 @@ for order in ("ascending", "another"):
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr
     growth = [int(number) for pair in re.findall(r"growth (-?\d+) (-?\d+)", done.stdout) for number in pair]
     assert len(growth) == 4 and max(growth) < 64, growth  # MB, of 360 MB that there are more
