@@ -177,11 +177,12 @@ def _make_loader(data: _Splits, split: Split, sampler: DistributedSampler, batch
 
 # %% ../nbs/02_data.ipynb #c16d85b9
 def _make_stream_loader(data: _Splits, split: Split) -> StreamLoader:
-    "A loader of a split that is a stream. Raises `ValueError` for more than one process that reads it, and for a sampler."
+    "A loader of a split that is a stream. Raises `ValueError` for more than one process that reads it, for a sampler, and for drop_last=False."
     trainer, stream = data.trainer, data.dataset(split)
     if data.make_sampler or data.num_workers not in ("auto", 0) or not data.drop_last:
         raise ValueError(
-            f"The data of split={split!r} is a stream, which one process reads in its own order and in whole optimizer steps: give neither num_workers nor a sampler nor drop_last=False. "
+            f"The data of split={split!r} is a stream, which one process reads in its own order and in whole optimizer steps: give neither "
+            "num_workers nor a sampler nor drop_last=False. "
             "A LightningDataModule may bring any loader."
         )
     ranks = {} if split == "val" else _ranks(trainer)

@@ -28,6 +28,13 @@ class Two(DigitsNet):
         return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Silent(DigitsNet):
+    "It validates, and logs nothing of it."
+
+    def validation_step(self, batch, index):
+        pass
+
+
 class Own(DigitsNet):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -83,3 +90,9 @@ def test_a_search_over_a_rate_that_a_functions_model_does_not_read_ends_with_tha
     search = StudyConfig(search_space={"lr": {"low": 1e-3, "high": 1e-2}}, n_trials=3, max_failures=1)
     with pytest.raises(TuningError, match="would change nothing: Own, which model="):
         tune(RunConfig(**SETTINGS | dict(model=f"{__file__}:make_own"), root=str(tmp_path)), search)
+
+
+def test_a_validation_that_logs_nothing_leaves_no_default_monitor_and_trains(tmp_path, capsys):
+    record = fit(RunConfig(**SETTINGS | dict(model=f"{__file__}:Silent", max_epochs=1), root=str(tmp_path)))
+    assert record.status == "finished" and record.last_checkpoint
+    assert "val_loss is not logged. Nothing is monitored" in capsys.readouterr().out

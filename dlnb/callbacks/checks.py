@@ -71,7 +71,7 @@ class CheckMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.resumed != self.monitor:
             self._follow(trainer, self.resumed)
-        elif self.monitor.startswith("val") and self.is_default and not trainer.enable_validation:
+        elif self.monitor and self.monitor.startswith("val") and self.is_default and not trainer.enable_validation:
             self._follow(trainer, None)
 
 # %% ../../nbs/callbacks/03_checks.ipynb #3433c53d

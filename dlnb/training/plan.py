@@ -147,12 +147,12 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def _check_read(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
-    ignored = [name for name in OPTIMIZER if not config.is_default(name) and name not in config.passed_to_model]
-    for name in ignored:
-        raise ValueError(
-            f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has an "
-            f"optimizer of its own, and the function takes no argument {name}. Leave it out, or have the function take it."
-        )
+    for name in OPTIMIZER:
+        if not config.is_default(name) and name not in config.passed_to_model:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has "
+                f"an optimizer of its own, and the function takes no argument {name}. Leave it out, or have the function take it."
+            )
 
 
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
