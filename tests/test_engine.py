@@ -1,5 +1,6 @@
 """The engine on broken notebooks: whatever fails, the notebook tells it, papermill ends, and nothing is left running."""
 
+import asyncio
 import os
 import signal
 import time
@@ -8,6 +9,8 @@ from functools import partial
 import nbformat
 import pytest
 from conftest import write_notebook
+from jupyter_core.utils import ensure_event_loop
+from papermill.exceptions import PapermillExecutionError
 from warm import warm_python
 
 from dlnb.engine import launch
@@ -134,6 +137,14 @@ def test_a_rank_that_leaves_ends_the_others(run):
 def test_three_ranks_of_which_the_last_fails(run):
     job = run("if rank == 2:\n    raise ValueError('third')\nmeet()", devices=3)
     assert_failed(job, 3, "[rank 2] third")
+
+
+def test_a_failed_rank_leaves_no_task_that_looks_for_the_kernel(launch, tmp_path):
+    "One that did would fail later, in the midst of other work: even of a parse, which CPython before 3.12 does not bear."
+    notebook = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "if rank == 1:\n    1 / 0\nmeet()")
+    with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
+        launch(notebook, None, devices=2)
+    assert not asyncio.all_tasks(ensure_event_loop())
 
 
 def test_failure_is_known_within_15_seconds(run):

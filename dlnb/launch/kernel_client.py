@@ -88,7 +88,10 @@ class KernelClient(PapermillNotebookClient):
         return super().process_message(*args, **kwargs)
 
     async def _async_poll_for_reply(self, msg_id, cell, timeout, outputs, alive):
-        return await super()._async_poll_for_reply(msg_id, cell, timeout, _LastOutputs(self, outputs), alive)
+        try:
+            return await super()._async_poll_for_reply(msg_id, cell, timeout, _LastOutputs(self, outputs), alive)
+        finally:
+            alive.cancel()  # nbclient leaves it where a failed rank ends the cell
 
     def handle_comm_msg(self, outs, msg, cell_index) -> None:
         "Forget a widget that is closed, as an epoch's progress bar is at its end."
