@@ -43,7 +43,7 @@ class Place(NamedTuple):
 # %% ../../nbs/session/00_place.ipynb #7ca123a7
 NOT_FOR_RANKS = (  # what other launchers say of this process; and its W&B process, to which a killed rank would leave its run
     JOB,
-    *("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID"),
+    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_PROCID"),
     "WANDB_SERVICE",
 )
 
@@ -57,8 +57,8 @@ def rank_environment(
     "This process's environment, as a launcher would make it for a rank."
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
     environment |= {
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size)),
         "NODE_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
