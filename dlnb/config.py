@@ -100,7 +100,9 @@ class Hardware(Settings):
     accelerator: Annotated[Registered, Role(inference="given")] = "auto"
     devices: Annotated[Devices, Role(inference="given")] = "auto"  # ranks per node: a number, "auto", or the devices' numbers
     num_nodes: Annotated[int, Role(inference="given")] = Field(1, ge=1, le=2**16)
-    strategy: Annotated[Registered, Role(search="value", inference="given")] = "auto"  # any strategy string of Lightning
+    strategy: Annotated[Registered, Role(search="value", inference="given", passed_to=("model",))] = (
+        "auto"  # any strategy string of Lightning
+    )
     strategy_args: Annotated[
         Dictionary, Role(inference="given")
     ] = {}  # other arguments of the strategy; any key of DeepSpeed's configuration
@@ -142,23 +144,28 @@ def _resolve(hardware: Hardware) -> dict[str, Any]:
 
 # %% ../nbs/05_config.ipynb #72963b64
 class Training(Settings):
-    max_epochs: Annotated[int, Role(identity=False, search="value")] = Field(10, ge=-1)
-    max_steps: Annotated[int, Role(identity=False, search="value")] = Field(-1, ge=-1)  # optimizer steps; -1 for no bound
-    batch_size: Annotated[int, Role(search="value", inference="run")] = Field(32, ge=1)  # samples per rank
+    max_epochs: Annotated[int, Role(identity=False, search="value", passed_to=("model", "trainer"))] = Field(10, ge=-1)
+    max_steps: Annotated[int, Role(identity=False, search="value", passed_to=("model", "trainer"))] = Field(
+        -1, ge=-1
+    )  # optimizer steps; -1 for no bound
+    batch_size: Annotated[int, Role(search="value", inference="run", passed_to=("model", "data"))] = Field(32, ge=1)  # samples per rank
     accumulate_grad_batches: Annotated[int, Role(search="value")] = Field(1, ge=1)  # batches per optimizer step
-    gradient_clip_val: Annotated[float | None, Role(search="value")] = Field(None, gt=0)
+    gradient_clip_val: Annotated[float | None, Role(search="value", passed_to=("trainer",))] = Field(None, gt=0)
     gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value")] = "norm"
     # what computes its activations again in the backward pass: "block" for what the model repeats, or the names of classes
     activation_checkpointing: Annotated[Words, Role(identity=False)] = []
-    log_every_n_steps: Annotated[int, Role(identity=False)] = Field(10, ge=1)
+    log_every_n_steps: Annotated[int, Role(identity=False, passed_to=("trainer",))] = Field(10, ge=1)
 
 # %% ../nbs/05_config.ipynb #c65b995b
+_OPTIMIZER = Role(search="value", passed_to=("optimizer", "model"))
+
+
 class OptimizerSettings(Settings):
-    optimizer: Annotated[Registered, Role(search="value")] = "auto"  # "auto" uses the fastest implementation that the strategy allows
-    lr: Annotated[float, Role(search="value")] = Field(1e-3, gt=0)
-    weight_decay: Annotated[float, Role(search="value")] = Field(0.01, ge=0)
-    warmup_ratio: Annotated[float, Role(search="value")] = Field(0.05, ge=0, lt=1)  # of all optimizer steps
-    eta_min_ratio: Annotated[float, Role(search="value")] = Field(0.0, ge=0, le=1)  # the final learning rate divided by lr
+    optimizer: Annotated[Registered, _OPTIMIZER] = "auto"  # "auto" uses the fastest implementation that the strategy allows
+    lr: Annotated[float, _OPTIMIZER] = Field(1e-3, gt=0)
+    weight_decay: Annotated[float, _OPTIMIZER] = Field(0.01, ge=0)
+    warmup_ratio: Annotated[float, _OPTIMIZER] = Field(0.05, ge=0, lt=1)  # of all optimizer steps
+    eta_min_ratio: Annotated[float, _OPTIMIZER] = Field(0.0, ge=0, le=1)  # the final learning rate divided by lr
 
 # %% ../nbs/05_config.ipynb #5eaf0bc1
 class Monitoring(Settings):
@@ -168,7 +175,7 @@ class Monitoring(Settings):
     min_delta: Annotated[float, Role(search="value")] = Field(0.0, ge=0)
     # True ends the training where the loss becomes NaN or infinite; else that is reported, and the training continues
     terminate_on_nan: Annotated[bool, Role(identity=False)] = False
-    seed: Annotated[int, Role(search="value", inference="run")] = Field(0, ge=0, lt=2**32)
+    seed: Annotated[int, Role(search="value", inference="run", passed_to=("model", "data"))] = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/05_config.ipynb #ba6f15c2
 class Storage(Settings):

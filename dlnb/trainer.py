@@ -18,7 +18,6 @@ from .config import RunConfig
 from .consolidate import consolidate
 from .errors import Pruned
 from .optim import provide_optimizers
-from .settings.model_and_data import OPTIMIZER
 from .system.log import log
 from .tracking.kept_source import keep_source
 from .tracking.record import RunRecord
@@ -96,7 +95,7 @@ def _fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, re
 def _with_optimizer(config: RunConfig, model: LightningModule) -> LightningModule:
     "A module that was passed, with the settings' optimizer where it has none."
     provided = "configure_optimizers" in vars(model)
-    return model if provided else provide_optimizers(model, **config.model_dump(include={*OPTIMIZER}))
+    return model if provided else provide_optimizers(model, **config.model_dump(include={*config.passed_to("optimizer")}))
 
 # %% ../nbs/07_trainer.ipynb #306da6d2
 def fit_trial(

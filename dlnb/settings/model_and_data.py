@@ -64,11 +64,6 @@ class ModelAndData(Settings):
         return [self.model_class, self.data_class, *(spec.target for _, spec in found)]
 
 # %% ../../nbs/settings/08_model_and_data.ipynb #672e1d30
-OPTIMIZER = ("optimizer", "lr", "weight_decay", "warmup_ratio", "eta_min_ratio")  # settings of dlnb's own optimizers
-_TO_MODEL = (*OPTIMIZER, "strategy", "batch_size", "max_epochs", "max_steps", "seed")
-_TO_DATA = ("batch_size", "seed")
-
-
 def own_optimizer(model: Callable) -> bool:
     "Whether a LightningModule configures its optimizer itself; False for a function, as only its result can tell."
     from lightning.pytorch import LightningModule
@@ -94,7 +89,7 @@ class ClassArguments(ModelAndData):
     @cached_property
     def passed_to_model(self) -> dict[str, Any]:
         "The settings that the model takes as arguments, and that `model_args` does not give."
-        taken = inspect.signature(self.model_class).parameters.keys() & {*_TO_MODEL} - self.model_args.keys()
+        taken = inspect.signature(self.model_class).parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
         settings: Any = self  # the groups of settings are put together in `RunConfig`
         values = {name: getattr(settings.resolved if name == "strategy" else settings, name) for name in sorted(taken)}
         return {name: value for name, value in values.items() if (name, value) != ("optimizer", "auto")}
@@ -102,7 +97,7 @@ class ClassArguments(ModelAndData):
     @cached_property
     def passed_to_data(self) -> dict[str, Any]:
         "The settings that the data takes as arguments."
-        return {name: getattr(self, name) for name in _TO_DATA if name in self.data_parameters}
+        return {name: getattr(self, name) for name in self.passed_to("data") if name in self.data_parameters}
 
     @cached_property
     def model_arguments(self) -> dict[str, Any]:
@@ -117,7 +112,7 @@ class ClassArguments(ModelAndData):
         if not self.has_data_module:
             arguments.pop("num_workers", None)  # for dlnb's own DataModule
         check_objects("data_args", arguments)
-        return complete_arguments("data_args", self.data_class, arguments, ("split", *_TO_DATA))
+        return complete_arguments("data_args", self.data_class, arguments, ("split", *self.passed_to("data")))
 
 # %% ../../nbs/settings/08_model_and_data.ipynb #a1f261cb
 class ReadSettings(ClassArguments):
@@ -125,7 +120,7 @@ class ReadSettings(ClassArguments):
     def unread(self) -> dict[str, str]:
         "The settings that nothing reads, each with the reason."
         model, data, found = self.model_class.__name__, self.data_class.__name__, {}
-        for name in OPTIMIZER if own_optimizer(self.model_class) else ():
+        for name in self.passed_to("optimizer") if own_optimizer(self.model_class) else ():
             if name in self.model_args:
                 found[name] = f"model_args gives {model} another {name}"
             elif name not in inspect.signature(self.model_class).parameters:

@@ -22,6 +22,7 @@ class Role:
     identity: bool | Literal["changed"] = True
     search: Literal["no", "value", "entries"] = "no"  # a search may vary it, or the entries of the dictionary that it is
     inference: Literal["no", "run", "given"] = "no"  # inference reads it from the run's record, or from the user alone
+    passed_to: tuple[Literal["model", "data", "optimizer", "trainer"], ...] = ()  # what takes it as an argument of this name
 
 # %% ../../nbs/settings/06_roles.ipynb #50d41197
 class Settings(BaseModel):
@@ -43,6 +44,14 @@ class Settings(BaseModel):
         "The names of the settings with such a role."
         roles = {name: _role_of(field) for name, field in cls.model_fields.items()}
         return [name for name in roles if all(getattr(roles[name], part) == value for part, value in role.items())]
+
+    @classmethod
+    def passed_to(
+        cls,
+        reader: str,  # "model", "data", "optimizer" or "trainer"
+    ) -> list[str]:  # in the order of the fields
+        "The names of the settings that it may take as arguments."
+        return [name for name, field in cls.model_fields.items() if reader in _role_of(field).passed_to]
 
     def is_default(
         self,

@@ -15,7 +15,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from ..config import RunConfig, short_hash
 from ..data import DataModule
 from ..optim import provide_optimizers
-from ..settings.model_and_data import OPTIMIZER
 from ..settings.objects import build_objects
 from ..strategy import uncompiled
 from ..system.log import log
@@ -24,16 +23,14 @@ from ..tracking.kept_source import given_source
 from ..tracking.sources import named, source_hashes
 
 # %% ../../nbs/training/00_build.ipynb #97370595
-_DESCRIBED = {"model": ("model", "model_args", "seed", *OPTIMIZER), "data": ("data", "data_args", "batch_size", "seed")}
-
-
 def described(
     config: RunConfig,
     part: str,  # "model" or "data"
 ) -> str:
     "The hash of the settings that a part is made from."
     more = {"passed": config.passed_to_model} if part == "model" else {"loading": config.loading}
-    return short_hash({name: config.identity[name] for name in _DESCRIBED[part]} | {name: value for name, value in more.items() if value})
+    names = [part, f"{part}_args", "seed", *config.passed_to("optimizer" if part == "model" else "data")]
+    return short_hash({name: config.identity[name] for name in names} | {name: value for name, value in more.items() if value})
 
 # %% ../../nbs/training/00_build.ipynb #73405e96
 @contextmanager
@@ -55,7 +52,7 @@ def build_model(config: RunConfig) -> LightningModule:
         model = config.model_class(**build_objects(config.model_args, "model_args"), **config.passed_to_model)
     if not isinstance(model, LightningModule):
         raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is no LightningModule.")
-    return remember(provide_optimizers(model, **config.model_dump(include={*OPTIMIZER})), described(config, "model"))
+    return remember(provide_optimizers(model, **config.model_dump(include={*config.passed_to("optimizer")})), described(config, "model"))
 
 
 def build_data(config: RunConfig) -> LightningDataModule:

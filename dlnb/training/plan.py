@@ -23,7 +23,7 @@ from ..checkpoint.trust import key_file
 from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..formats.reader import read_layout
-from ..settings.model_and_data import OPTIMIZER, own_optimizer
+from ..settings.model_and_data import own_optimizer
 from ..system.log import log
 from ..tracking.environment import package_versions
 from ..tracking.record import RunRecord
@@ -147,7 +147,7 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def _check_read(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
-    for name in OPTIMIZER:
+    for name in config.passed_to("optimizer"):
         if not config.is_default(name) and name not in config.passed_to_model:
             raise ValueError(
                 f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has "

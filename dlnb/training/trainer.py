@@ -75,8 +75,7 @@ def build_trainer(
     metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
     tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
     online = wandb_logger(record, config.project(record.mode), tags, group or config.hash)
-    shared = "max_epochs max_steps log_every_n_steps gradient_clip_val"
-    arguments: dict[str, Any] = {name: getattr(settings, name) for name in shared.split()}
+    arguments: dict[str, Any] = {name: getattr(settings, name) for name in config.passed_to("trainer")}
     arguments |= {
         "accumulate_grad_batches": plan.accumulate_grad_batches,
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
