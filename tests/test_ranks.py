@@ -270,7 +270,7 @@ def killed_within(kernel: FamilyKernel, name: str, victim: str, seconds: float) 
     return shown
 
 
-KILLS = 100 if ALL else 8  # a hundred take half an hour
+KILLS = 100 if ALL else 6  # a hundred take half an hour
 
 
 @pytest.mark.soak

@@ -45,7 +45,7 @@ def victim(job, kind: str) -> psutil.Process:
 
 
 TRACED = REPOSITORY / "tests" / "traced.py"
-KILLS = {"ddp": 6, "deepspeed_stage_1": 3, "deepspeed_stage_2": 3, "deepspeed_stage_3": 6}  # a third of each kind of process
+KILLS = {"ddp": 6, "deepspeed_stage_1": 3, "deepspeed_stage_2": 3, "deepspeed_stage_3": 3}  # a third of each kind of process
 KILLS = dict.fromkeys(KILLS, 9) if ALL else KILLS
 LONG = SETTINGS | dict(model=f"{TRACED}:TracedNet", data=f"{TRACED}:TracedDigits", max_epochs=12)
 

@@ -16,7 +16,7 @@ QUICK = ("notebook", "nested")  # in the default suite
 # With SOAK=all each of them; it takes three quarters of an hour. Else those where it could differ.
 SEARCHED = ("notebook", "nested", "gan", "lora")
 UNDER_DDP = ("gan", "stream")
-UNDER_ZERO = ("notebook", "nested", "lora", "meta", "compiled", "averaging", "stream", "gan")
+UNDER_ZERO = ("nested", "lora", "meta", "averaging", "stream", "gan")
 LONG = pytest.mark.soak
 pytestmark = pytest.mark.timeout(600)
 
