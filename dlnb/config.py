@@ -154,6 +154,7 @@ class Training(Settings):
     gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value")] = "norm"
     # what computes its activations again in the backward pass: "block" for what the model repeats, or the names of classes
     activation_checkpointing: Annotated[Words, Role(identity=False)] = []
+    torch_compile: Annotated[Words, Role(identity="changed")] = []  # what is compiled for the training: blocks, named in the same way
     log_every_n_steps: Annotated[int, Role(identity=False, passed_to=("trainer",))] = Field(10, ge=1)
 
 # %% ../nbs/05_config.ipynb #c65b995b

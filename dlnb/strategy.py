@@ -152,8 +152,12 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
         use_autocast(self)
         super()._format_config()
 
+    def before_sharding(self, module: nn.Module) -> None:
+        "What a callback has put here is called with the configured module, before DeepSpeed partitions it and sets its hooks."
+
     def setup(self, trainer: Trainer) -> None:
         replace_compiled(self.lightning_module)
+        self.before_sharding(self.lightning_module)
         super().setup(trainer)
 
 # %% ../nbs/04_strategy.ipynb #9101bef2

@@ -14,7 +14,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from ..callbacks.activation_checkpointing import find_blocks
+from ..callbacks.blocks import find_blocks
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.plain_values import check_plain
 from ..checkpoint.pretrained import base_of, check_left_out, find_pretrained, read_layouts
@@ -159,8 +159,9 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a module without a training step or the named blocks, and for one whose optimizers the strategy cannot step."
     if not is_overridden("training_step", model):
         raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
-    if config.activation_checkpointing and not is_overridden("configure_model", model):
-        find_blocks(model, config.activation_checkpointing)
+    for setting in ("activation_checkpointing", "torch_compile"):
+        if (names := getattr(config, setting)) and not is_overridden("configure_model", model):
+            find_blocks(model, names, setting)
     if config.resolved.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
         raise ValueError(
             f"strategy={config.strategy!r}: FSDP's flat shards have lost the shapes by which dlnb's optimizer decides what decays. Define "

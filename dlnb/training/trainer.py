@@ -26,6 +26,7 @@ from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
 from ..callbacks.start_from import StartFrom
+from ..callbacks.torch_compile import TorchCompile
 from ..checkpoint.exact_resume import ExactResume
 from ..checkpoint.model_checkpoint import AtomicCheckpoint
 from ..checkpoint.reshard import ContinueFrom
@@ -68,6 +69,8 @@ def build_trainer(
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
         callbacks.append(CheckMonitor(config.monitor, config.is_default("monitor")))
+    if config.torch_compile:
+        callbacks.append(TorchCompile(config.torch_compile))
     if config.activation_checkpointing:
         callbacks.append(ActivationCheckpointing(config.activation_checkpointing))
     if config.patience is not None:
