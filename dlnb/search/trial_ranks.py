@@ -57,7 +57,7 @@ class TrialRanks:
 
     def start(self, config: RunConfig, folder: Path, share: Share, group: str, checkpoints: bool) -> None:
         arguments = (config.model_dump(), group, checkpoints)
-        self.processes.start(config.world_size, _run_trial, arguments, folder, share, preloaded(config))
+        self.processes.start(config.world_size, _run_trial, arguments, folder, share, ("dlnb.trainer", *preloaded(config)))
 
     def listen(self, seconds: float, report: Report) -> None:
         "Take what the ranks say within that time."

@@ -46,8 +46,8 @@ def _without_main() -> Iterator[None]:
             main |= kept
 
 # %% ../../nbs/session/01_processes.ipynb #b529fb90
-# What a rank needs before its first step, and to show its first traceback.
-PRELOAD = ("dlnb.trainer", "dlnb.session.serve", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
+# What a rank needs to begin, to answer, and to show its first traceback.
+PRELOAD = ("torch", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
 
 
 class Died(NamedTuple):
@@ -77,12 +77,12 @@ class RankProcesses:
         arguments: tuple,
         folder: Path,  # for the ranks' output and progress
         share: Share = Share(),
-        preload: tuple[str, ...] = (),  # modules that the server imports, if it is not there already
+        preload: tuple[str, ...] = (),  # more modules that the server imports, if it is not there already
     ) -> None:
         "Start all ranks."
         context, port = get_context("forkserver"), self.open_store()
         # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
-        context.set_forkserver_preload([*PRELOAD, *preload])
+        context.set_forkserver_preload([*PRELOAD, function.__module__, *preload])
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             environment = rank_environment(rank, world_size, port, share.devices)
