@@ -31,7 +31,8 @@ class Ranks:
         accelerator: str = "auto",
     ):
         self.hardware = Hardware(devices=devices, strategy=strategy, accelerator=accelerator).resolved
-        self.session = Session(self.hardware.world_size, preload=(preload := preloaded(self.hardware)))
+        preload = preloaded(self.hardware)
+        self.session = Session(self.hardware.world_size, preload=("dlnb.trainer", *preload))  # what a cell calls first, often `fit`
         if preload:
             self.session.call(prepare_deepspeed, self.hardware.accelerator)
         for name in ("strategy", "devices", "accelerator"):

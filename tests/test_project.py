@@ -45,7 +45,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    "The modules of dlnb that one imports, at its top or inside a function, by whatever form."
+    "The modules of dlnb that one imports, at its top or inside a function, by whatever form, or names as text."
     package, found = ["dlnb", *name_of(path).split(".")[:-1]], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -54,6 +54,8 @@ def imports(path: Path) -> set[str]:
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)  # for somebody else to import
     return {name.removeprefix("dlnb.") for name in found if name.startswith("dlnb.")} & {name_of(other) for other in MODULES}
 
 

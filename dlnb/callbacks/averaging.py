@@ -57,7 +57,7 @@ def _widened(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values.detach().to(device=like.device, dtype=dtype, copy=True)
 
 # %% ../../nbs/callbacks/09_averaging.ipynb #4ebb29ef
-class Exchange:
+class SwappedWeights:
     "Other values in the place of a module's weights, until `undo`."
 
     def __init__(self, module: LightningModule, values: dict[str, torch.Tensor]):
@@ -89,7 +89,7 @@ class WeightAveraging(Callback):
         self.every_n_steps, self.start_step = every_n_steps, start_step
         self.averages, self.last_step = Averages(decay), 0
         self.saved: dict[str, torch.Tensor] | None = None  # of the checkpoint that is resumed from
-        self.exchange: Exchange | None = None
+        self.swapped: SwappedWeights | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_step = trainer.global_step
@@ -103,12 +103,12 @@ class WeightAveraging(Callback):
         self.last_step = step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.exchange = Exchange(pl_module, self.averages.values) if self.averages.values and self.averages.updates else None
+        self.swapped = SwappedWeights(pl_module, self.averages.values) if self.averages.values and self.averages.updates else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.exchange:
-            self.exchange.undo()
-        self.exchange = None
+        if self.swapped:
+            self.swapped.undo()
+        self.swapped = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["averages"] = dict(self.averages.values) if self.averages.updates else {}

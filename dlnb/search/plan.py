@@ -20,7 +20,7 @@ from .space import Space, read_space
 from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
-from ..session.place import Share
+from ..session.place import Resources
 from ..system.processes import usable_cores
 from ..tracking.kept_source import given_source, keep_source
 from ..tracking.sources import source_hashes
@@ -83,11 +83,11 @@ class SearchPlan:
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
-    def share(self, devices: list[int]) -> Share:
+    def resources(self, devices: list[int]) -> Resources:
         "A group of devices, and as large a part of the cores."
         place, count, cores = self.groups.index(devices), len(self.groups), usable_cores()
         mine = cores[place * len(cores) // count : (place + 1) * len(cores) // count] if count > 1 else []
-        return Share(visible_devices(self.config.resolved.accelerator, devices), tuple(mine))
+        return Resources(visible_devices(self.config.resolved.accelerator, devices), tuple(mine))
 
 # %% ../../nbs/search/06_plan.ipynb #8dda0dde
 def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:

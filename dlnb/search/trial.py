@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import RunConfig
 from .trial_ranks import GRACE, Outcome, Report, TrialRanks
-from ..session.place import Share
+from ..session.place import Resources
 from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/search/05_trial.ipynb #6092ecbc
@@ -21,7 +21,7 @@ def run_trial(
     folder: Path,  # for the record, the metrics and the ranks' output
     report: Report,
     group: str,  # the study's name, for W&B
-    share: Share = Share(),
+    resources: Resources = Resources(),
     timeout: float | None = None,  # seconds
     checkpoints: bool = False,
     stop: threading.Event | None = None,  # ends it
@@ -31,7 +31,7 @@ def run_trial(
     began, ranks, watch = time.monotonic(), TrialRanks(), ProgressWatch(folder)
     _forget_progress(folder)
     try:
-        ranks.start(config, folder, share, group, checkpoints)
+        ranks.start(config, folder, resources, group, checkpoints)
         while not ranks.has_ended:
             ranks.listen(0.2, report)
             if ranks.failure:

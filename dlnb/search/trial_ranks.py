@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import RunConfig
-from ..session.place import Place, Share
+from ..session.place import Place, Resources
 from ..session.processes import Died, RankProcesses
 from ..training.on_ranks import preloaded
 
@@ -55,9 +55,9 @@ class TrialRanks:
         self.processes = RankProcesses()
         self.outcomes: dict[int, Outcome] = {}
 
-    def start(self, config: RunConfig, folder: Path, share: Share, group: str, checkpoints: bool) -> None:
+    def start(self, config: RunConfig, folder: Path, resources: Resources, group: str, checkpoints: bool) -> None:
         arguments = (config.model_dump(), group, checkpoints)
-        self.processes.start(config.world_size, _run_trial, arguments, folder, share, preloaded(config))
+        self.processes.start(config.world_size, _run_trial, arguments, folder, resources, ("dlnb.trainer", *preloaded(config)))
 
     def listen(self, seconds: float, report: Report) -> None:
         "Take what the ranks say within that time."

@@ -59,7 +59,7 @@ class TrialTraining:
             return Outcome("failed", f"{type(error).__name__}: {error}")
         self.trial.set_user_attr("folder", str(folder))
         bounds: dict[str, Any] = {"timeout": plan.study.trial_timeout, "checkpoints": plan.study.keep_checkpoints, "stop": stop}
-        return run_trial(config, folder, self.report, plan.name, plan.share(devices), **bounds)
+        return run_trial(config, folder, self.report, plan.name, plan.resources(devices), **bounds)
 
 # %% ../../nbs/search/08_worker.ipynb #2db8974b
 class Worker:

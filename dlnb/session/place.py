@@ -23,7 +23,7 @@ from ..system.processes import usable_cores
 from ..system.progress import PROGRESS
 
 # %% ../../nbs/session/00_place.ipynb #479a6f62
-class Share(NamedTuple):
+class Resources(NamedTuple):
     "What of the machine a group of ranks may use."
 
     devices: str | None = None  # what CUDA_VISIBLE_DEVICES shall say; None leaves it

@@ -16,7 +16,7 @@ from multiprocessing import connection, get_context, get_start_method
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .place import Place, Share, become, rank_environment
+from .place import Place, Resources, become, rank_environment
 from ..system.processes import describe_exit
 
 # %% ../../nbs/session/01_processes.ipynb #efcfb61a
@@ -46,8 +46,8 @@ def _without_main() -> Iterator[None]:
             main |= kept
 
 # %% ../../nbs/session/01_processes.ipynb #b529fb90
-# What a rank needs before its first step, and to show its first traceback.
-PRELOAD = ("dlnb.trainer", "dlnb.session.serve", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
+# What a rank needs to begin, to answer, and to show its first traceback.
+PRELOAD = ("torch", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
 
 
 class Died(NamedTuple):
@@ -76,17 +76,17 @@ class RankProcesses:
         function: Callable[..., None],  # takes the rank's place, its channel, and the arguments; of a module
         arguments: tuple,
         folder: Path,  # for the ranks' output and progress
-        share: Share = Share(),
-        preload: tuple[str, ...] = (),  # modules that the server imports, if it is not there already
+        resources: Resources = Resources(),
+        preload: tuple[str, ...] = (),  # more modules that the server imports, if it is not there already
     ) -> None:
         "Start all ranks."
         context, port = get_context("forkserver"), self.open_store()
         # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
-        context.set_forkserver_preload([*PRELOAD, *preload])
+        context.set_forkserver_preload([*PRELOAD, function.__module__, *preload])
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            environment = rank_environment(rank, world_size, port, share.devices)
-            place = Place(rank, world_size, environment, get_start_method(), share.cores, folder)
+            environment = rank_environment(rank, world_size, port, resources.devices)
+            place = Place(rank, world_size, environment, get_start_method(), resources.cores, folder)
             process = context.Process(target=_run, args=(function, place, theirs, arguments), name=f"rank-{rank}")
             with _without_main():
                 process.start()

@@ -20,7 +20,7 @@ from ..errors import RankError
 from ..launch.failure import find_cause
 from ..launch.rank_record import Rank
 from .output import Output
-from .place import Share
+from .place import Resources
 from .processes import Died, RankProcesses
 from .serve import dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
@@ -185,7 +185,7 @@ class WatchedExchange(Exchange):
 class Session:
     "Ranks that keep their variables from one request to the next."
 
-    def __init__(self, world_size: int, share: Share = Share(), preload: tuple[str, ...] = ()):
+    def __init__(self, world_size: int, resources: Resources = Resources(), preload: tuple[str, ...] = ()):
         self.ranks, self.ended = frozenset(range(world_size)), ""  # why it has ended
         self.busy = threading.Lock()
         self.meanwhile: Callable[[], None] = lambda: None  # called a few times a second while the ranks work
@@ -193,7 +193,7 @@ class Session:
         folder = Path(self.temporary.name)
         self.processes, self.watch = RankProcesses(), ProgressWatch(folder)
         self.output = Output(folder, world_size, lambda *message: self.request("comm", *message, ranks={0}))
-        self.processes.start(world_size, serve, (), folder, share, preload)
+        self.processes.start(world_size, serve, (), folder, resources, preload)
 
     def request(
         self,

@@ -17,7 +17,7 @@ class Internal(NamedTuple):
 
     owner: str  # "package.module:Class", or "package.module"
     names: tuple[str, ...]
-    room: str  # the module of dlnb that uses them, and no other
+    room: str  # the module of dlnb that uses them, and no other; where there are more, separated by spaces
     use: str  # what for
 
 
@@ -99,24 +99,72 @@ OTHERS = (
         "nbclient.client:NotebookClient", "_async_poll_for_reply", "launch.kernel_client", "wait for outputs that are still arriving"
     ),
 )
-DEEPSPEED = (
-    _internal("deepspeed.runtime.config", "DeepSpeedConfig", "strategies.deepspeed_config", "ask which keys a configuration has"),
+
+# %% ../../nbs/system/09_internals.ipynb #71c9de94
+_ZERO = "deepspeed.runtime.zero"
+_PARAMETER, _STAGE_3 = f"{_ZERO}.partition_parameters:Init", f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3"
+_STAGE_1_AND_2 = f"{_ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer"
+PARAMETERS = (
+    _internal(_PARAMETER, "ds_tensor", "checkpoint.partition checkpoint.reshard callbacks.averaging", "find a rank's part of a parameter"),
     _internal(
-        "deepspeed.runtime.config_utils", "DeepSpeedConfigModel", "strategies.deepspeed_config", "find the model that has refused a key"
+        _PARAMETER,
+        "ds_numel",
+        "checkpoint.partition checkpoint.reshard callbacks.averaging callbacks.recorder",
+        "know how many elements a parameter has",
     ),
+    _internal(_PARAMETER, "ds_shape", "optimizers.groups checkpoint.matching", "know a parameter's shape"),
+    _internal(_PARAMETER, "ds_process_group", "checkpoint.reshard", "know which part of a parameter is a rank's"),
+    _internal(_PARAMETER, "partition all_gather", "callbacks.averaging", "show averaged weights where they are gathered"),
+)
+
+# %% ../../nbs/system/09_internals.ipynb #801db98d
+_MASTER = "checkpoint.partition callbacks.recorder"
+OPTIMIZERS = (
+    _internal(_STAGE_3, "_get_param_partition_rank get_param_id", "checkpoint.partition", "find which elements a rank holds"),
+    _internal(_STAGE_3, "grad_position fp16_groups", "checkpoint.partition checkpoint.reshard", "find a parameter's master weights"),
+    _internal(_STAGE_3, "fp32_partitioned_groups_flat", _MASTER, "write and describe the master weights"),
+    _internal(_STAGE_3, "sub_group_to_group_id", "checkpoint.reshard", "know the optimizer's group of a parameter"),
+    _internal(_STAGE_3, "swap_optimizer params_in_nvme_and_cpu", "checkpoint.reshard", "refuse what is offloaded to NVMe"),
+    _internal(_STAGE_3, "checkpoint_event_prologue checkpoint_event_epilogue", "checkpoint.reshard", "load parameters that are gathered"),
+    _internal(_STAGE_1_AND_2, "single_partition_of_fp32_groups", _MASTER, "write and describe the master weights"),
     _internal(
-        "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3",
-        "_get_param_partition_rank",
+        _STAGE_1_AND_2,
+        "real_dp_process_group round_robin_bit16_groups round_robin_bit16_offsets",
         "checkpoint.partition",
         "find which elements a rank holds",
     ),
+    _internal(_STAGE_1_AND_2, "bit16_groups", "checkpoint.reshard", "know the optimizer's group of a parameter"),
+    *(_internal(owner, "optimizer", "optim", "reach the optimizer that steps") for owner in (_STAGE_3, _STAGE_1_AND_2)),
+    *(_internal(owner, "param_groups", "checkpoint.reshard", "know its groups") for owner in (_STAGE_3, _STAGE_1_AND_2)),
+)
+
+# %% ../../nbs/system/09_internals.ipynb #be51bbb4
+_RUNTIME = "deepspeed.runtime"
+DEEPSPEED = (
+    *PARAMETERS,
+    *OPTIMIZERS,
+    _internal(f"{_RUNTIME}.config", "DeepSpeedConfig", "strategies.deepspeed_config", "ask which keys a configuration has"),
+    _internal(f"{_RUNTIME}.config_utils", "DeepSpeedConfigModel", "strategies.deepspeed_config", "find the model that has refused a key"),
+    _internal(f"{_RUNTIME}.engine:DeepSpeedEngine", "global_steps", "checkpoint.reshard", "resume at an optimizer step"),
+    _internal(f"{_RUNTIME}.engine:DeepSpeedEngine", "checkpoint_engine", "checkpoint.collector", "collect what it writes"),
+    _internal(
+        f"{_RUNTIME}.checkpoint_engine.checkpoint_engine:CheckpointEngine",
+        "create save commit preserves_storage_sharing",
+        "checkpoint.collector",
+        "collect what it writes",
+    ),
+    _internal("deepspeed.comm.torch", "build_shm_op", "strategy", "leave out an operator that takes minutes to compile"),
+    _internal("deepspeed.git_version_info", "installed_ops", "optimizers.compiled", "find out whether an operator is compiled"),
+    _internal(f"{_RUNTIME}.fp16.loss_scaler", "LossScaler DynamicLossScaler", "checkpoint.plain_values", "read shards of elsewhere"),
+    _internal(f"{_ZERO}.config", "ZeroStageEnum", "checkpoint.plain_values", "read shards of elsewhere"),
+    _internal("deepspeed.utils.tensor_fragment", "fragment_address", "checkpoint.plain_values", "read shards of elsewhere"),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #769cd002
 def _has(owner: object, name: str) -> bool:
     classes = inspect.getmro(owner) if inspect.isclass(owner) else ()
     sources = (inspect.getsource(cls) for cls in classes if cls.__module__ != "builtins")
-    return hasattr(owner, name) or any(re.search(rf"\bself\.{name}\b", source) for source in sources)
+    return hasattr(owner, name) or any(re.search(rf"\bself\.{name}\b|\bparam\.{name} = ", source) for source in sources)
 
 
 def missing(

@@ -65,7 +65,7 @@ def module_texts(
         return []
 
 # %% ../../nbs/tracking/02_sources.ipynb #1f0c0da1
-class Place(NamedTuple):
+class QualifiedName(NamedTuple):
     "A name in a module."
 
     module: str
@@ -77,19 +77,19 @@ class Place(NamedTuple):
         return f"{file.name if file else self.module}:{self.name}"
 
 # %% ../../nbs/tracking/02_sources.ipynb #cb029b4e
-def _origins(statement: ast.stmt, place: Place) -> list[tuple[str, str | None]]:
+def _origins(statement: ast.stmt, qualified: QualifiedName) -> list[tuple[str, str | None]]:
     "The modules that a statement imports the name from, each with its name there; None for the module itself."
     found: list[tuple[str, str | None]] = []
-    file = file_of(place.module)
-    package = place.module if file and file.name == "__init__.py" else place.module.rpartition(".")[0]
+    file = file_of(qualified.module)
+    package = qualified.module if file and file.name == "__init__.py" else qualified.module.rpartition(".")[0]
     for node in ast.walk(statement):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if (alias.asname or alias.name.partition(".")[0]) == place.name:
-                    found.append((alias.name if alias.asname else place.name, None))
+                if (alias.asname or alias.name.partition(".")[0]) == qualified.name:
+                    found.append((alias.name if alias.asname else qualified.name, None))
         elif isinstance(node, ast.ImportFrom) and (node.level == 0 or package):
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            found += [(source, alias.name) for alias in node.names if (alias.asname or alias.name) == place.name]
+            found += [(source, alias.name) for alias in node.names if (alias.asname or alias.name) == qualified.name]
     return found
 
 # %% ../../nbs/tracking/02_sources.ipynb #ce49096f
@@ -113,38 +113,38 @@ class Modules:
             self.known[module] = _definitions(module) if is_own(module) else {}
         return self.known[module]
 
-    def _star_origins(self, place: Place) -> list[tuple[str, str | None]]:
+    def _star_origins(self, qualified: QualifiedName) -> list[tuple[str, str | None]]:
         "The modules that a name may come from where its own does not define it: `from x import *`, or a package's submodule."
-        stars = self.definitions(place.module).get("*", [])
-        origins = [(source, place.name) for star in stars for source, _ in _origins(star, Place(place.module, "*"))]
-        is_module = file_of(f"{place.module}.{place.name}") is not None
-        return [*origins, (f"{place.module}.{place.name}", None)] if is_module else origins
+        stars = self.definitions(qualified.module).get("*", [])
+        origins = [(source, qualified.name) for star in stars for source, _ in _origins(star, QualifiedName(qualified.module, "*"))]
+        is_module = file_of(f"{qualified.module}.{qualified.name}") is not None
+        return [*origins, (f"{qualified.module}.{qualified.name}", None)] if is_module else origins
 
 # %% ../../nbs/tracking/02_sources.ipynb #3961ca1d
-def _places(
+def _resolved(
     modules: Modules, module: str, chain: tuple[str, ...], within: ast.stmt | None = None, seen: frozenset = frozenset()
-) -> list[Place]:
+) -> list[QualifiedName]:
     "Where `module.a.b` is defined: by an import in the statement that uses it, in the module, or where the module imports it from."
     if (module, chain) in seen or not chain:
         return []
-    place, rest, seen = Place(module, chain[0]), chain[1:], seen | {(module, chain)}
+    qualified, rest, seen = QualifiedName(module, chain[0]), chain[1:], seen | {(module, chain)}
     here = modules.definitions(module)
-    origins = _origins(within, place) if within else []
-    is_defined = not origins and place.name in here
+    origins = _origins(within, qualified) if within else []
+    is_defined = not origins and qualified.name in here
     if is_defined and rest:
-        origins = [origin for statement in here[place.name] for origin in _origins(statement, place)]
+        origins = [origin for statement in here[qualified.name] for origin in _origins(statement, qualified)]
     elif not origins and not is_defined:
-        origins = modules._star_origins(place)
+        origins = modules._star_origins(qualified)
     further = [(source, (name, *rest) if name else rest) for source, name in origins]
-    found = [found for source, chain in further for found in _places(modules, source, chain, seen=seen)]
-    return [place, *found] if is_defined else found
+    found = [found for source, chain in further for found in _resolved(modules, source, chain, seen=seen)]
+    return [qualified, *found] if is_defined else found
 
 # %% ../../nbs/tracking/02_sources.ipynb #cd07bc14
 class Sources:
-    "The pieces of source that classes and functions use: `hashes`, to each place."
+    "The pieces of source that classes and functions use: `hashes`, to each name."
 
     def __init__(self) -> None:
-        self.hashes: dict[Place, str] = {}
+        self.hashes: dict[QualifiedName, str] = {}
         self.modules = Modules()
 
     def add(
@@ -158,26 +158,26 @@ class Sources:
             return
         if always:
             self.modules.read(module)
-        waiting = [Place(module, name)]
+        waiting = [QualifiedName(module, name)]
         while waiting:
-            place = waiting.pop()
-            statements = self.modules.definitions(place.module).get(place.name)
-            if statements and place not in self.hashes:
-                self.hashes[place], used = _visit(self.modules, place, statements)
+            qualified = waiting.pop()
+            statements = self.modules.definitions(qualified.module).get(qualified.name)
+            if statements and qualified not in self.hashes:
+                self.hashes[qualified], used = _visit(self.modules, qualified, statements)
                 waiting += used
 
 # %% ../../nbs/tracking/02_sources.ipynb #7cbaba3d
-def _visit(modules: Modules, place: Place, statements: list[ast.stmt]) -> tuple[str, list[Place]]:
-    "The hash of a place, and the places that it uses."
+def _visit(modules: Modules, qualified: QualifiedName, statements: list[ast.stmt]) -> tuple[str, list[QualifiedName]]:
+    "The hash of a name's definition, and the names that it uses."
     if all(map(is_import, statements)):
-        origins = [origin for statement in statements for origin in _origins(statement, place)]
+        origins = [origin for statement in statements for origin in _origins(statement, qualified)]
         sources = {(source, name) for source, name in origins if name}
-        return _hash(json.dumps(origins)), [found for source, name in sources for found in _places(modules, source, (name,))]
+        return _hash(json.dumps(origins)), [found for source, name in sources for found in _resolved(modules, source, (name,))]
     used = []
     for statement in statements:
         for name, attributes in uses(statement).items():
             for chain in [(), *sorted(attributes)]:
-                used += _places(modules, place.module, (name, *chain), statement)
+                used += _resolved(modules, qualified.module, (name, *chain), statement)
     return _hash("\n".join(map(ast.unparse, statements))), used
 
 
@@ -187,7 +187,7 @@ def _hash(text: str) -> str:
 # %% ../../nbs/tracking/02_sources.ipynb #f1a91aa3
 def source_hashes(
     *values: Any,  # classes and functions
-) -> dict[str, str]:  # twelve hexadecimal digits to each place, as "net.py:Net"; empty where there is no source
+) -> dict[str, str]:  # twelve hexadecimal digits to each name, as "net.py:Net"; empty where there is no source
     "The source that these use, piece by piece. Their own modules may be installed ones."
     sources = Sources()
     for value in values:
@@ -198,8 +198,8 @@ def source_hashes(
 def named(sources: Sources) -> dict[str, str]:
     "The hashes by the names that a reader knows; two files of one name share an entry."
     found: dict[str, list[str]] = {}
-    for place, value in sources.hashes.items():
-        found.setdefault(str(place), []).append(value)
+    for qualified, value in sources.hashes.items():
+        found.setdefault(str(qualified), []).append(value)
     return {name: "-".join(sorted(values)) for name, values in sorted(found.items())}
 
 
@@ -215,6 +215,6 @@ def needed_source(
 def changed(
     before: Mapping[str, str],
     now: Mapping[str, str],
-) -> list[str]:  # the places, in order
+) -> list[str]:  # the names, in order
     "Which pieces of `source_hashes` differ. A new or missing piece follows from a change of another one, which is reported."
-    return sorted(place for place in before.keys() & now.keys() if before[place] != now[place])
+    return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])

@@ -59,7 +59,8 @@ def on_ranks(
     main = vars(sys.modules["__main__"])
     defined = {name: main[name] for name in notebook_names(config) if name in main}
     content = dumped((function, arguments, {}))  # what cannot be pickled fails before a rank is started
-    with Session(config.world_size, preload=preloaded(config)) as session:
+    module = () if function.__module__ == "__main__" else (function.__module__,)  # a cell's function is sent by value
+    with Session(config.world_size, preload=(*module, *preloaded(config))) as session:
         session.request("define", dumped(defined), list(main.get("In", [])))
         if card is not None:
             pids = [process.pid for process in session.processes.processes]

@@ -24,8 +24,8 @@ from ..tracking.record import RunRecord
 from .view import View, Watch, as_html, as_text, fault, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/views/01_training_card.ipynb #36637a3d
-class Place(NamedTuple):
-    "Where a training was, and when."
+class TimedStep(NamedTuple):
+    "A step of a training, and when it was reached."
 
     step: int  # optimizer steps
     time: float  # seconds since the epoch
@@ -40,33 +40,33 @@ def _seconds(moment: str | None) -> float:
     return found.replace(tzinfo=found.tzinfo or timezone.utc).timestamp()
 
 
-def place_of(record: RunRecord) -> Place:
+def last_step(record: RunRecord) -> TimedStep:
     "The last step that the run's folder tells of."
     path, logged = record.folder / "metrics.csv", 0
     with suppress(ValueError, IndexError):  # none was logged yet
         logged = int(read_metrics(record.folder)["step"].iloc[-1]) + 1
     when = (path if logged > record.step else record.path).stat().st_mtime
-    return Place(max(logged, record.step), min(when, _seconds(record.ended)) if record.ended else when)
+    return TimedStep(max(logged, record.step), min(when, _seconds(record.ended)) if record.ended else when)
 
 # %% ../../nbs/views/01_training_card.ipynb #7c905e95
 class Speed:
-    "Optimizer steps per second, from the places of the last looks."
+    "Optimizer steps per second, from the steps of the last looks."
 
     def __init__(self) -> None:
-        self.places: deque[Place] = deque(maxlen=8)
+        self.steps: deque[TimedStep] = deque(maxlen=8)
 
-    def of(self, record: RunRecord, place: Place) -> float:  # NaN where it is not known
-        if self.places and place.step < self.places[-1].step:  # another attempt
-            self.places.clear()
-        if place.step > (self.places[-1].step if self.places else 0):
-            self.places.append(place)
-        if record.ended is None and len(self.places) > 1:
-            return _rate(self.places[0], self.places[-1])
+    def of(self, record: RunRecord, last: TimedStep) -> float:  # NaN where it is not known
+        if self.steps and last.step < self.steps[-1].step:  # another attempt
+            self.steps.clear()
+        if last.step > (self.steps[-1].step if self.steps else 0):
+            self.steps.append(last)
+        if record.ended is None and len(self.steps) > 1:
+            return _rate(self.steps[0], self.steps[-1])
         before = record.earlier[-1].step if record.earlier else 0
-        return _rate(Place(before, _seconds(record.started)), place)
+        return _rate(TimedStep(before, _seconds(record.started)), last)
 
 
-def _rate(first: Place, last: Place) -> float:
+def _rate(first: TimedStep, last: TimedStep) -> float:
     seconds = last.time - first.time
     return (last.step - first.step) / seconds if seconds > 0 and last.step > first.step else math.nan
 
@@ -108,21 +108,21 @@ def _of(done: int, total: Any) -> str:
     return f"{done} of {total:.0f}" if known else str(done)
 
 
-def _progress_rows(record: RunRecord, place: Place, speed: float) -> list[tuple[str, str]]:
+def _progress_rows(record: RunRecord, last: TimedStep, speed: float) -> list[tuple[str, str]]:
     total, samples = record.resolved.get("total_steps"), record.resolved.get("global_batch_size")
-    rows = [("epoch", _of(record.epoch, record.settings.get("max_epochs"))), ("step", _of(place.step, total))]
+    rows = [("epoch", _of(record.epoch, record.settings.get("max_epochs"))), ("step", _of(last.step, total))]
     if not math.isnan(speed):
         per_sample = [f"{as_text(speed * samples)} samples/s"] if isinstance(samples, (int, float)) else []
         rows.append(("speed", ", ".join([f"{as_text(speed)} steps/s", *per_sample])))
-        if record.state == "running" and isinstance(total, (int, float)) and place.step < total < math.inf:
-            rows.append(("ends in", duration((total - place.step) / speed)))
+        if record.state == "running" and isinstance(total, (int, float)) and last.step < total < math.inf:
+            rows.append(("ends in", duration((total - last.step) / speed)))
     return rows
 
 
-def card_rows(record: RunRecord, place: Place, speed: float, memory: dict[int, float]) -> list[tuple[str, Any]]:
+def card_rows(record: RunRecord, last: TimedStep, speed: float, memory: dict[int, float]) -> list[tuple[str, Any]]:
     "What a training is at, a row each."
     rows: list[tuple[str, Any]] = [("status", f"{record.state}: {record.error}" if record.error else record.state)]
-    rows += _progress_rows(record, place, speed)
+    rows += _progress_rows(record, last, speed)
     if memory:
         rows.append(("memory", ", ".join(f"rank {rank} {size:.2f} GB" for rank, size in memory.items())))
     rows += [(name, as_text(value) or "nan") for name, value in sorted(record.metrics.items())]
@@ -151,7 +151,7 @@ class _Card(View):
         "Read what the training has written; whether it still runs."
         try:
             self.record = RunRecord.read(self.folder)
-            self.show_progress(place_of(self.record))
+            self.show_progress(last_step(self.record))
             self.draw()
         except (ValueError, OSError) as error:  # the folder was removed, or a file is damaged
             self.note.value = fault(error)
@@ -160,11 +160,11 @@ class _Card(View):
             self.keep()
         return self.record.state == "running"
 
-    def show_progress(self, place: Place) -> None:
+    def show_progress(self, last: TimedStep) -> None:
         record, total = self.record, self.record.resolved.get("total_steps")
-        rows = card_rows(record, place, self.speed.of(record, place), memory_of(self.pids or pids_of(record)))
+        rows = card_rows(record, last, self.speed.of(record, last), memory_of(self.pids or pids_of(record)))
         self.table.value = table_html([], rows, headed=True)
-        self.bar.value = place.step / total if isinstance(total, (int, float)) and total > 0 else 0.0
+        self.bar.value = last.step / total if isinstance(total, (int, float)) and total > 0 else 0.0
         self.bar.bar_style = {"running": "info", "finished": "success", "failed": "danger"}.get(record.state, "warning")
 
     def draw(self) -> None:
