@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from .config import Hardware
 from .errors import unknown
+from .session.place import own_place
 from .session.serve import dumped
 from .session.session import Session
 from .strategy import prepare_deepspeed
@@ -30,6 +31,10 @@ class Ranks:
         strategy: str = "auto",  # of the trainings in them; a variable there
         accelerator: str = "auto",
     ):
+        if place := own_place():
+            raise ValueError(
+                f"This is rank {place.rank} of {place.world_size} already. `%ranks --manual` has cells run in the kernel again."
+            )
         self.hardware = Hardware(devices=devices, strategy=strategy, accelerator=accelerator).resolved
         preload = preloaded(self.hardware)
         self.session = Session(self.hardware.world_size, preload=("dlnb.trainer", *preload))  # what a cell calls first, often `fit`
@@ -95,10 +100,13 @@ def _chosen(line: str, count: int, magic: str = "%%ranks") -> list[int] | None:
     return [int(word) for word in words] or None
 
 # %% ../nbs/13_ranks.ipynb #3195f95e
+_ABOUT_RANKS = ("%ranks", "%%ranks", "%load_ext dlnb", "%reload_ext dlnb")
+
+
 def send_to_ranks(lines: list[str]) -> list[str]:
-    "A cell's lines, as one for all ranks; not those of `%ranks` and `%%ranks` themselves."
-    first = next((line for line in lines if line.strip()), "")
-    return lines if not first or first.startswith(("%ranks", "%%ranks")) else ["%%ranks\n", *lines]
+    "A cell's lines, as one for all ranks; not those of a cell that is about the ranks, which the kernel runs."
+    about_ranks = any(line.lstrip().startswith(_ABOUT_RANKS) for line in lines)
+    return lines if about_ranks or not "".join(lines).strip() else ["%%ranks\n", *lines]
 
 # %% ../nbs/13_ranks.ipynb #fbed39d4
 class RankMagics:

@@ -105,6 +105,24 @@ def test_an_interrupt_reaches_ranks_that_wait_for_each_other_and_leaves_them_ali
     assert shown.error == "" and group.run("ranks['total.item()']").value == "[2.0, 2.0]"
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%%ranks 0\ndistributed.barrier()",
+        "%%ranks\ndistributed.recv(torch.ones(1), 1 - rank)",
+    ],
+    ids=["for an idle rank", "for each other"],
+)
+def test_an_interrupt_reaches_ranks_that_wait_in_a_collective_that_never_ends(group, cell):
+    began = time.monotonic()
+    shown = group.run(cell.replace("\n", "\nprint('begun', flush=True)\n", 1), interrupt_after="begun")
+    assert shown.error and time.monotonic() - began < 20
+    assert group.run("ranks['rank']").value == "[0, 1]"
+    meet = "if not distributed.is_initialized():\n    distributed.init_process_group('gloo')"
+    assert group.run(f"%%ranks\n{meet}\ntotal = torch.ones(1)\ndistributed.all_reduce(total)").error == ""
+    assert group.run("ranks['total.item()']").value == "[2.0, 2.0]"
+
+
 def test_a_model_of_the_ranks_that_holds_the_process_group_does_not_keep_the_others_waiting(group):
     group.run("%%ranks\nddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))")
     shown = group.run("%%ranks\nif rank == 0:\n    raise KeyError('gone')\nddp(torch.ones(1, 2)).sum().backward()")
@@ -127,6 +145,16 @@ def test_every_cell_goes_to_the_ranks_once_that_is_asked_for(kernel):
     assert "[rank 1] 1" in kernel.run("here = rank\nhere").text
     kernel.run("%ranks --manual")
     assert kernel.run("here").error.startswith("NameError")
+
+
+def test_cells_about_the_ranks_stay_in_the_kernel_however_they_begin(kernel):
+    kernel.run("%ranks --auto")
+    before = kernel.run("# the same ranks\n%ranks").text
+    kernel.run("# the first cell of the notebook, once more\n%load_ext dlnb\n%ranks 2 --accelerator cpu")
+    assert "[rank 1] 1" in kernel.run("rank").text, before
+    assert "of 2 already" in kernel.run("from dlnb.ranks import Ranks\nRanks(2)").error
+    kernel.run("# back\n%ranks --manual")
+    assert kernel.run("rank").error.startswith("NameError")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +212,19 @@ def test_fit_in_a_kernel_trains_on_ranks_as_a_batch_job_does(trainer, strategy, 
     batch, live = load_file(folder / "model.safetensors"), weights(trainer, "record")
     assert batch.keys() == live.keys() and all(batch[name].numpy().tobytes() == live[name].numpy().tobytes() for name in batch)
     assert folder.name == Path(trainer.run("print(record.folder)").text.strip()).name  # the same run, by its name and hash
+    trainer.run("%load_ext dlnb\n%ranks 2 --accelerator cpu\n%ranks --auto")
+    for cell in [FIT, cells[1].replace(str(tmp_path / "batch"), str(tmp_path / "session"))]:
+        assert trainer.run(cell).error == ""
+    trainer.run("# the ranks are done\n%ranks --manual\n%ranks --stop")
+    (session,) = (tmp_path / "session").rglob("model.safetensors")
+    assert session.read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_training_on_other_ranks_than_the_sessions_is_refused_on_them(kernel):
+    kernel.run("%%ranks\nfrom dlnb.config import RunConfig\nfrom dlnb.trainer import fit")
+    settings = "model='dlnb.examples:DigitsNet', data='dlnb.examples:Digits', accelerator='cpu', strategy='ddp'"
+    shown = kernel.run(f"%%ranks\nfit(RunConfig({settings}, devices=3))")
+    assert "devices=3: this cell runs on each of 2 ranks" in shown.error
 
 
 def test_evaluate_in_a_kernel_works_on_ranks(trainer):

@@ -37,7 +37,7 @@ def check_searchable_run(config: RunConfig) -> None:
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise ValueError(
             f"LOCAL_WORLD_SIZE={os.environ['LOCAL_WORLD_SIZE']}: a search starts its trials' ranks itself. Start it once on "
-            "a machine, without torchrun."
+            "a machine, without torchrun, and not in cells that `%ranks --auto` sends to ranks."
         )
 
 # %% ../../nbs/search/06_plan.ipynb #65f26d79

@@ -74,11 +74,24 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+_own: Place | None = None
+
+
+def own_place() -> Place | None:
+    "What makes this process a rank; None where it is none that another process has started."
+    return _own
+
+
 def become(place: Place) -> None:
     "Make this process, which the server was forked into, a rank."
     import torch
 
+    global _own
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the kernel that came before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the server was started with it blocked
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _own = place
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ |= place.environment | {PROGRESS: str(place.folder)}

@@ -35,6 +35,16 @@ _starting = threading.Lock()
 
 
 @contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    "The server that is started inherits it: Jupyter's interrupt goes to all that the kernel has started, and would end the server in its imports."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _without_main() -> Iterator[None]:
     main: dict[str, Any] = vars(sys.modules["__main__"])
     with _starting:
@@ -88,7 +98,7 @@ class RankProcesses:
             environment = rank_environment(rank, world_size, port, resources.devices)
             place = Place(rank, world_size, environment, get_start_method(), resources.cores, folder)
             process = context.Process(target=_run, args=(function, place, theirs, arguments), name=f"rank-{rank}")
-            with _without_main():
+            with _without_main(), _interrupts_blocked():
                 process.start()
             theirs.close()
             self.processes.append(process)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/session/06_session.ipynb #20a62f9d
+import math
 import signal
 import tempfile
 import threading
@@ -22,13 +23,13 @@ from ..launch.rank_record import Rank
 from .output import Output
 from .place import Resources
 from .processes import Died, RankProcesses
-from .serve import dumped, serve
+from .serve import BLOCKED, dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769
 RESCUE = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
-DEATH_PATIENCE = 3.0  # the same where a rank has died: there is no going on without it
+DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
 WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
 
 
@@ -99,6 +100,7 @@ class Exchange:
     def __init__(self, processes: RankProcesses, output: Output, watch: ProgressWatch, ranks: set[int]):
         self.processes, self.output, self.watch = processes, output, watch
         self.answers, self.interrupts, self.number = Answers(ranks), 0, next(_numbers)
+        self.interrupted_at = math.inf  # monotonic
         self.ended = ""  # why these ranks cannot go on
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
 
@@ -122,7 +124,7 @@ class Exchange:
     def finish(self) -> None: ...
 
     def interrupt(self) -> None:
-        self.interrupts += 1
+        self.interrupts, self.interrupted_at = self.interrupts + 1, min(self.interrupted_at, time.monotonic())
         number = (signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)[min(self.interrupts, 3) - 1]
         for rank in set(self.answers.waiting):
             self.processes.signal(rank, number)
@@ -150,21 +152,28 @@ class Exchange:
 class WatchedExchange(Exchange):
     "Ends when the ranks cannot answer any more."
 
+    keeps_variables = True  # so that a rank which comes back late is worth waiting for
+    was_blocked = False  # no rank has come to handle an interrupt
+
     def look(self) -> None:
         "See to ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
             self.give_up(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
         elif self.answers.waiting and self.answers.since_failure > RESCUE:
             self.rescue()
+        elif not self.answers.values and time.monotonic() - self.interrupted_at > BLOCKED:
+            self.was_blocked = True  # these ranks close their connections themselves
+            self.leave(set(range(len(self.processes.processes))) - self.answers.waiting)  # they may wait for one that is idle
 
     def finish(self) -> None:
-        if self.answers.left:  # the others have a process group without them
+        if self.answers.left or self.was_blocked:  # the others have a process group without them
             self.leave(set(self.answers.values))
 
     def rescue(self) -> None:
         "Have the ranks that have answered leave the process group, and later give the others up."
         self.leave(set(self.answers.values))
-        if self.answers.since_failure > RESCUE + (DEATH_PATIENCE if self.ended else PATIENCE):
+        in_vain = self.ended or (self.interrupts and not self.keeps_variables)
+        if self.answers.since_failure > RESCUE + (DEATH_PATIENCE if in_vain else PATIENCE):
             self.give_up("it waited for another rank, which had failed", {})
 
     def leave(self, ranks: set[int]) -> None:
@@ -189,6 +198,7 @@ class Session:
         self.ranks, self.ended = frozenset(range(world_size)), ""  # why it has ended
         self.busy = threading.Lock()
         self.meanwhile: Callable[[], None] = lambda: None  # called a few times a second while the ranks work
+        self.keeps_variables = True  # False where an interrupt ends the session
         self.temporary = tempfile.TemporaryDirectory(prefix="dlnb-ranks-")
         folder = Path(self.temporary.name)
         self.processes, self.watch = RankProcesses(), ProgressWatch(folder)
@@ -206,7 +216,7 @@ class Session:
         if not self.busy.acquire(blocking=False):
             raise RankError("These ranks are busy with another cell.")
         exchange = WatchedExchange(self.processes, self.output, self.watch, set(self.ranks if ranks is None else ranks))
-        exchange.meanwhile = self.meanwhile
+        exchange.meanwhile, exchange.keeps_variables = self.meanwhile, self.keeps_variables
         try:
             answers = exchange.run(request)
         finally:

@@ -13,17 +13,30 @@ from typing import Any
 
 from ..config import Hardware, RunConfig
 from ..errors import Preempted
+from ..session.place import own_place
 from ..session.serve import dumped
 from ..session.session import Session
 from ..tracking.kept_source import notebook_names
 from ..views.live import LiveCard
 
 # %% ../../nbs/training/05_on_ranks.ipynb #446b88aa
+def _check_own_ranks(config: RunConfig) -> None:
+    "Raise `ValueError` where this is a rank of a session, and the settings are for another number of ranks."
+    place = own_place()
+    if place is not None and place.world_size != config.world_size:
+        raise ValueError(
+            f"devices={config.devices!r}: this cell runs on each of {place.world_size} ranks, which train together. Give devices={place.world_size}, "
+            "start others by `%ranks`, or have `%ranks --manual` run the cell in the kernel."
+        )
+
+
 def needs_ranks(config: RunConfig) -> bool:
     """Whether this process is an interactive one, which cannot be one of the settings' ranks.
 
     Raises `ValueError` where not all ranks would be on this machine."""
-    if not hasattr(sys, "ps1") or config.resolved.strategy == "single_device":
+    _check_own_ranks(config)
+    is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ  # a kernel that torchrun has started
+    if not hasattr(sys, "ps1") or is_rank or config.resolved.strategy == "single_device":
         return False
     if config.num_nodes > 1:
         raise ValueError(
@@ -61,6 +74,7 @@ def on_ranks(
     content = dumped((function, arguments, {}))  # what cannot be pickled fails before a rank is started
     module = () if function.__module__ == "__main__" else (function.__module__,)  # a cell's function is sent by value
     with Session(config.world_size, preload=(*module, *preloaded(config))) as session:
+        session.keeps_variables = False
         session.request("define", dumped(defined), list(main.get("In", [])))
         if card is not None:
             pids = [process.pid for process in session.processes.processes]
