@@ -37,7 +37,7 @@ from ..system.processes import Process, began_at, machine
 
 # %% ../../nbs/launch/22_background.ipynb #57604d26
 JOBS = ".jobs"  # the folder of the jobs, in the root of the runs
-HEARD = 60.0  # seconds since its notebook was written, within which a job of another machine counts as running
+HEARD = 60.0  # seconds since its notebook was written, within which a job of another machine counts as running; that is no heartbeat
 
 
 class Launched(NamedTuple):

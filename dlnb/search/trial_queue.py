@@ -21,13 +21,14 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import column, select, table
 
-from ..system.heartbeat import Silence
+from ..system.heartbeat import MISSED, Silence
 from ..system.lock import open_lock
 from ..system.processes import Process
 
 # %% ../../nbs/search/03_trial_queue.ipynb #facb1002
 HEARTBEAT_EVERY = 20.0  # seconds between two heartbeats of a worker
-WORKER_STALE_AFTER = 120.0  # seconds without a heartbeat after which a worker on another machine counts as stale
+# Seconds without a heartbeat after which a worker on another machine counts as stale: twice as many as elsewhere, as a busy database delays them.
+WORKER_STALE_AFTER = 2 * MISSED * HEARTBEAT_EVERY
 
 
 def trial_id(row: FrozenTrial) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 
 # %% ../../nbs/system/05_heartbeat.ipynb #cfcc4fda
 HEARTBEAT_EVERY = 5.0  # seconds between two heartbeats of a run
-STALE_AFTER = 16.0  # seconds without one, after which a process of another machine is taken for dead
+MISSED = 3  # heartbeats in a row that a live process does not miss
+STALE_AFTER = MISSED * HEARTBEAT_EVERY + 1.0  # seconds without one, after which a process of another machine is taken for dead
 
 
 class Silence:

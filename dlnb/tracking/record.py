@@ -19,14 +19,16 @@ from pydantic import BaseModel, ValidationError
 from ..errors import Preempted, Pruned
 from ..system.atomic import write_json
 from ..system.files import read_json
-from ..system.heartbeat import touching
+from ..system.heartbeat import MISSED, touching
 from ..system.job import JOB, await_job_folder
 from ..system.lock import find_holder
 from ..system.processes import Process
 from .environment import code_version, hardware, now, package_versions
 
 # %% ../../nbs/tracking/01_record.ipynb #001e14d5
-HEARTBEAT_GRACE = 50  # seconds without a heartbeat after which a process on another machine, or a staging file, counts as stale
+HEARTBEAT_EVERY = 15.0  # seconds between two heartbeats of a record: only displays read them, the lock has its own
+# Seconds without a heartbeat after which a process on another machine, or a staging file, counts as stale: 5 more, as two clocks are compared.
+HEARTBEAT_GRACE = MISSED * HEARTBEAT_EVERY + 5.0
 ROOM = 1 << 16  # bytes that a run reserves on the disk for the end of its record
 
 # %% ../../nbs/tracking/01_record.ipynb #390f5540
@@ -229,7 +231,7 @@ class TrackedRecord(ObservedRecord):
         "Write the end of what is done inside, success or failure, if an attempt begins there."
         return _keep(self)
 
-    def heartbeat(self, every: float = 15.0) -> AbstractContextManager[None]:
+    def heartbeat(self, every: float = HEARTBEAT_EVERY) -> AbstractContextManager[None]:
         "Update the record's modification time every so many seconds, for readers on other machines."
         return touching(self.path, every)
 

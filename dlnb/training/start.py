@@ -121,13 +121,16 @@ def run_lock_held(config: RunConfig, record: RunRecord, what: str, remedy: str =
         yield
 
 # %% ../../nbs/training/01_start.ipynb #a45b121a
+OLDER_STALE_AFTER = 40.0  # seconds: two of their heartbeats and a margin, no more, since the command waits that long
+
+
 def _check_older_version(record: RunRecord, what: str) -> None:
     "Raise `ValueError` where a version of dlnb that has no locks, and touches the record every 15 s, writes there."
     if record.status != "running" or record.machine or not record.attempts:
         return
     whose = f"{record.folder} is being {what} by process {record.pid} on {record.host} since {record.started}"
-    log.warning(f"{whose}, an older version of dlnb, unless it has died. Waiting 40 s for a heartbeat.")
-    if has_heartbeat(record.path, 40):
+    log.warning(f"{whose}, an older version of dlnb, unless it has died. Waiting {OLDER_STALE_AFTER:.0f} s for a heartbeat.")
+    if has_heartbeat(record.path, OLDER_STALE_AFTER):
         raise ValueError(f"{whose}. Wait for it, or end it.")
 
 
