@@ -147,7 +147,7 @@ class Training(Settings):
     batch_size: Annotated[int, Role(search="value", inference="run")] = Field(32, ge=1)  # samples per rank
     accumulate_grad_batches: Annotated[int, Role(search="value")] = Field(1, ge=1)  # batches per optimizer step
     gradient_clip_val: Annotated[float | None, Role(search="value")] = Field(None, gt=0)
-    gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value")] = "norm"
+    gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value", needs="gradient_clip_val")] = "norm"
     # what computes its activations again in the backward pass: "block" for what the model repeats, or the names of classes
     activation_checkpointing: Annotated[Words, Role(identity=False)] = []
     log_every_n_steps: Annotated[int, Role(identity=False)] = Field(10, ge=1)
@@ -163,9 +163,9 @@ class OptimizerSettings(Settings):
 # %% ../nbs/05_config.ipynb #5eaf0bc1
 class Monitoring(Settings):
     monitor: str | None = "val_loss"
-    monitor_mode: Literal["min", "max"] = "min"
+    monitor_mode: Annotated[Literal["min", "max"], Role(needs="monitor")] = "min"
     patience: Annotated[int | None, Role(search="value")] = Field(None, ge=0)  # validations without an improvement; None: no early stopping
-    min_delta: Annotated[float, Role(search="value")] = Field(0.0, ge=0)
+    min_delta: Annotated[float, Role(search="value", needs="patience")] = Field(0.0, ge=0)
     # True ends the training where the loss becomes NaN or infinite; else that is reported, and the training continues
     terminate_on_nan: Annotated[bool, Role(identity=False)] = False
     seed: Annotated[int, Role(search="value", inference="run")] = Field(0, ge=0, lt=2**32)
@@ -448,6 +448,9 @@ def apply_params(
         check_searchable("params", name)
         field, *path = name.split(".")
         values[field] = with_entry(field, read_dictionary(values.get(field)), tuple(path), value) if path else value
+    for name, needed in RunConfig.needs().items():
+        if needed in params and params[needed] is None:  # drawn by the search: nothing reads the other one then
+            values.pop(name, None)
     return values
 
 

@@ -22,6 +22,7 @@ class Role:
     identity: bool | Literal["changed"] = True
     search: Literal["no", "value", "entries"] = "no"  # a search may vary it, or the entries of the dictionary that it is
     inference: Literal["no", "run", "given"] = "no"  # inference reads it from the run's record, or from the user alone
+    needs: str | None = None  # another setting, without which nothing reads this one
 
 # %% ../../nbs/settings/06_roles.ipynb #50d41197
 class Settings(BaseModel):
@@ -43,6 +44,12 @@ class Settings(BaseModel):
         "The names of the settings with such a role."
         roles = {name: _role_of(field) for name, field in cls.model_fields.items()}
         return [name for name in roles if all(getattr(roles[name], part) == value for part, value in role.items())]
+
+    @classmethod
+    def needs(cls) -> dict[str, str]:
+        "The settings that nothing reads without another one, each with that one."
+        needed = {name: _role_of(field).needs for name, field in cls.model_fields.items()}
+        return {name: other for name, other in needed.items() if other}
 
     def is_default(
         self,
