@@ -24,6 +24,7 @@ from ..session.place import Share
 from ..system.processes import usable_cores
 from ..tracking.kept_source import given_source, keep_source
 from ..tracking.sources import source_hashes
+from ..training.plan import check_class
 
 # %% ../../nbs/search/06_plan.ipynb #f1c79e18
 def check_searchable_run(config: RunConfig) -> None:
@@ -95,6 +96,7 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     config = RunConfig(**config.model_dump() | {"devices": -1 if config.devices == "auto" else config.devices})
     space = read_space(study.search_space, config)
     check_searchable_run(config)
+    check_class(config)
     groups = device_groups(config, study.devices_per_trial)
     config = RunConfig(**config.model_dump() | {"devices": len(groups[0])})
     config = config.with_given(given_source(source_hashes(*config.classes)))
