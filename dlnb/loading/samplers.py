@@ -23,6 +23,14 @@ def _too_few_samples(samples: int, batch_size: int, num_replicas: int, accumulat
         f"{samples}. Lower batch_size, accumulate_grad_batches or the number of devices, or set drop_last=False."
     )
 
+
+def too_few_to_share(samples: int, num_replicas: int) -> str:
+    "The error for fewer samples than ranks that evaluate them."
+    return (
+        f"{samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
+        f"evaluate. Use at most {samples} devices, or a larger split."
+    )
+
 # %% ../../nbs/loading/02_samplers.ipynb #5f5b5a7d
 class EpochSampler(DistributedSampler):
     """A rank's share of an epoch's order, in whole optimizer steps.
@@ -84,10 +92,7 @@ def evaluation_batch_size(
     With m = num_samples // num_replicas, ceil(m / b) == ceil((m + 1) / b) exactly when b does not divide m.
     Raises `ValueError` where there are fewer samples than ranks."""
     if num_samples < num_replicas:
-        raise ValueError(
-            f"{num_samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
-            f"evaluate. Use at most {num_samples} devices, or a larger split."
-        )
+        raise ValueError(too_few_to_share(num_samples, num_replicas))
     per_rank, remainder = divmod(num_samples, num_replicas)
     if remainder == 0:
         return batch_size
