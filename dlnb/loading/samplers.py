@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from torch.utils.data import DistributedSampler, Sampler
 
-from .order import drawn_order, epoch_order
+from .order import drawn_order, epoch_order, too_few_to_share
 
 # %% ../../nbs/loading/02_samplers.ipynb #8d17a177
 def _too_few_samples(samples: int, batch_size: int, num_replicas: int, accumulate_grad_batches: int) -> str:
@@ -21,14 +21,6 @@ def _too_few_samples(samples: int, batch_size: int, num_replicas: int, accumulat
         f"One optimizer step takes batch_size={batch_size} x {num_replicas} ranks x "
         f"accumulate_grad_batches={accumulate_grad_batches} = {step_samples} samples, but the dataset has "
         f"{samples}. Lower batch_size, accumulate_grad_batches or the number of devices, or set drop_last=False."
-    )
-
-
-def too_few_to_share(samples: int, num_replicas: int) -> str:
-    "The error for fewer samples than ranks that evaluate them."
-    return (
-        f"{samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
-        f"evaluate. Use at most {samples} devices, or a larger split."
     )
 
 # %% ../../nbs/loading/02_samplers.ipynb #5f5b5a7d

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate
 
-from .order import own_stream
-from .samplers import too_few_to_share
+from .order import own_stream, too_few_to_share
 
 # %% ../../nbs/loading/01_stream.ipynb #60e452c6
 class Block(list):
