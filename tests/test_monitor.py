@@ -110,6 +110,13 @@ def test_a_progress_bar_of_ones_own_takes_the_place_of_dlnbs(tmp_path):
     assert fit(RunConfig(**SETTINGS | dict(max_epochs=1), root=str(tmp_path)), callbacks=[RichProgressBar()]).status == "finished"
 
 
+def test_trials_leave_out_what_saves_checkpoints_and_the_search_says_so(tmp_path, capsys):
+    settings = SETTINGS | dict(max_epochs=1, callbacks="lightning.pytorch.callbacks.ModelCheckpoint", root=str(tmp_path))
+    study = tune(RunConfig(**settings), StudyConfig(search_space={"lr": [1e-3]}, n_trials=1))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] and not list(tmp_path.rglob("*.ckpt"))
+    assert "leave out ModelCheckpoint. To have them, set keep_checkpoints=True." in capsys.readouterr().out
+
+
 def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="model=Scored is a class. Pass an object of it"):
         fit(RunConfig(**SETTINGS, root=str(tmp_path)), Scored)
