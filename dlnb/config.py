@@ -191,7 +191,8 @@ class Storage(Settings):
     callbacks: Annotated[Objects, Role(identity="changed")] = []
     # seconds without progress on any rank, after which the job ends; None: never
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
-    trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}  # other arguments of Lightning's Trainer
+    # other arguments of Lightning's Trainer; a profiler or a plugin is {"class_path": ..., "init_args": {...}}
+    trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}
 
     @property
     def origin(self) -> str | None:
@@ -263,8 +264,9 @@ def _place_in(root: str, path: str) -> str:
 # %% ../nbs/05_config.ipynb #87796832
 def _readable_name(config: NamedRun) -> str:
     parameters = inspect.signature(config.model_class).parameters
-    plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | str)}
+    plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
+    arguments = {name: f"{value:g}" if isinstance(value, float) else value for name, value in arguments.items()}
     shape = f"{config.batch_size}x{config.world_size}x{config.accumulate_grad_batches}"
     rate = [] if "lr" in config.unread else [f"lr={config.lr:g}"]
     words = [f"{name}={value}" for name, value in arguments.items()] + rate + [shape, config.precision.removesuffix("-true")]
@@ -317,7 +319,7 @@ class RunConfig(NamedRun):
 
     @property
     def run_name(self) -> str:
-        "What a person reads: the model's integer and text arguments but the defaults, learning rate, batch x ranks x accumulation, precision."
+        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
         return self.name or _readable_name(self)
 
     def folder(
@@ -343,7 +345,7 @@ def _check_agreement(config: RunConfig) -> None:
     _check_classes(config)
     _ = config.model_arguments, config.data_arguments  # they raise for a wrong argument
     config.check_read()
-    for field in ("callbacks", "logger"):
+    for field in ("callbacks", "logger", "trainer_args"):
         check_objects(field, getattr(config, field))
     if config.has_data_module and config.loading:
         raise ValueError(f"{', '.join(config.loading)}: {config.data_class.__name__} makes its own loaders. Set it there.")
@@ -411,6 +413,7 @@ def _check_strategy_args(config: RunConfig) -> None:
 
 def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
     known = set(inspect.signature(Trainer).parameters)
     for name in arguments:
@@ -420,6 +423,11 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer_args: {name!r} is set by dlnb; use the setting of the run, not trainer_args.")
         if name not in known:
             raise ValueError(unknown("trainer_args", name, known - set(RunConfig.model_fields)))
+    for place, spec in specs("trainer_args", arguments):
+        if inspect.isclass(spec.target) and issubclass(spec.target, AsyncCheckpointIO):
+            raise ValueError(
+                f"{place}: {spec.target.__name__} writes a checkpoint later, when dlnb has to know that it is complete. Leave it out."
+            )
 
 # %% ../nbs/05_config.ipynb #4e943b5b
 def check_searchable(

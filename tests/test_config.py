@@ -61,6 +61,9 @@ WRONG = [
     ({"wandb": "of"}, "'auto', 'online', 'offline' or 'disabled'"),
     ({"trainer_args": {"max_epoch": 3}}, "trainer_args='max_epoch' is not known"),
     ({"trainer_args": {"devices": 3}}, "'devices' is set by dlnb"),
+    ({"trainer_args": {"profiler": {"class_path": "lightning.pytorch.profilers.SimpelProfiler"}}}, "has no attribute 'SimpelProfiler'"),
+    ({"trainer_args": {"profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"file": 1}}}}, "file"),
+    ({"trainer_args": {"plugins": [{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}]}}, "Leave it out"),
     ({"batchsize": 8}, "Did you mean 'batch_size'?"),
 ]
 
@@ -141,3 +144,23 @@ def test_the_folder_is_the_same_in_another_process_and_another_order(tmp_path):
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert printed.stdout.strip() == str(RunConfig(**settings).folder())
+
+
+@pytest.mark.timeout(300)
+def test_a_run_whose_folder_was_named_without_its_models_rates_is_resumed_there(tmp_path):
+    settings = DIGITS | dict(devices=1, data_args={"num_workers": 0}, model_args={"dropout": 0.25}, batch_size=256, root=str(tmp_path))
+    named = fit(RunConfig(**settings, max_epochs=1)).folder
+    assert named.name.startswith("dropout=0.25-lr=")
+    before = named.rename(named.with_name(named.name.removeprefix("dropout=0.25-")))  # as earlier versions named it
+    for resume, epochs in (("auto", 2), (str(before), 3)):
+        record = fit(RunConfig(**settings, max_epochs=epochs, resume=resume))
+        assert (record.folder, record.epoch, record.attempts, record.resumed_from) == (before, epochs, epochs, None)
+    assert list(before.parent.iterdir()) == [before]
+
+
+@pytest.mark.timeout(300)
+def test_a_profiler_is_described_as_a_callback_is(tmp_path):
+    profiler = {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"dirpath": str(tmp_path), "filename": "times"}}
+    settings = DIGITS | dict(devices=1, data_args={"num_workers": 0}, max_epochs=1, batch_size=256, root=str(tmp_path / "runs"))
+    assert fit(RunConfig(**settings, trainer_args={"profiler": profiler})).status == "finished"
+    assert "optimizer_step" in (tmp_path / "fit-times.txt").read_text()
