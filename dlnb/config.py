@@ -137,8 +137,21 @@ def _resolve(hardware: Hardware) -> dict[str, Any]:
         strategy = "ddp" if ranks > 1 else "single_device"
     if strategy == "single_device" and ranks > 1:
         raise ValueError(f"strategy='single_device' runs on one device, not on {ranks}. Use 'ddp'.")
+    if problem := _device_problem(strategy, accelerator):
+        raise ValueError(f"strategy={strategy!r} {problem}")
     devices = hardware.devices if isinstance(hardware.devices, list) else count
     return {"accelerator": accelerator, "devices": devices, "strategy": strategy}
+
+
+def _device_problem(strategy: str, accelerator: str) -> str:
+    "Why a registered strategy cannot run on an accelerator, with the remedy; empty where it can."
+    if strategy.startswith("fsdp") and accelerator != "cuda":
+        return f"shards a model over GPUs, and accelerator={accelerator!r}. Use a strategy of DeepSpeed, which runs on CPU ranks too, or 'ddp'."
+    if ("xla" in strategy or strategy == "single_tpu") and accelerator != "tpu":
+        return f"runs on TPUs, and accelerator={accelerator!r}. Use 'ddp', or 'auto'."
+    if strategy.endswith("nvme") and accelerator == "cpu":
+        return "moves GPU memory to an NVMe disk, and accelerator='cpu'. Use 'deepspeed_stage_3_offload'."
+    return ""
 
 # %% ../nbs/05_config.ipynb #72963b64
 class Training(Settings):

@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from conftest import TRAIN
+from lightning.pytorch.strategies import StrategyRegistry
 
 from dlnb.config import RunConfig
+from dlnb.strategy import build_strategy
 from dlnb.trainer import fit
 
 DIGITS = {"model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits", "accelerator": "cpu"}
@@ -94,6 +98,30 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
     with pytest.raises(ValueError, match=told):
         fit(RunConfig(**DIGITS | settings))
     assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = {"fsdp": "over GPUs", "xla": "on TPUs", "single_xla": "on TPUs", "single_tpu": "on TPUs"}
+REFUSED |= dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "from a process that cannot be copied")
+REFUSED |= {"deepspeed_stage_3_offload_nvme": "Use 'deepspeed_stage_3_offload'", "single_device": "Use 'ddp'"}
+
+
+@pytest.mark.parametrize("strategy", StrategyRegistry.available_strategies())
+def test_every_registered_strategy_can_be_built_for_two_cpu_ranks_or_is_refused_with_the_remedy(strategy):
+    reasons = [reason for name, reason in REFUSED.items() if strategy.startswith(name)]
+    try:
+        config = RunConfig(**DIGITS, devices=2, strategy=strategy)
+        config.folder()
+    except ValueError as error:
+        assert reasons and reasons[0] in str(error) and "use " in str(error).lower()
+    else:
+        assert not reasons and build_strategy(strategy, "cpu")
+
+
+def test_a_misspelt_setting_is_refused_before_torch_is_imported():
+    code = "import sys; from dlnb.config import RunConfig\n"
+    code += f"try: RunConfig(**{DIGITS!r}, learning_rate=1)\nexcept ValueError as error: print('torch' in sys.modules, error)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True).stdout
+    assert printed.startswith("False") and "setting='learning_rate' is not known" in printed
 
 
 @pytest.mark.timeout(300)
