@@ -139,8 +139,21 @@ def _resolve(hardware: Hardware) -> dict[str, Any]:
         strategy = "ddp" if ranks > 1 else "single_device"
     if strategy == "single_device" and ranks > 1:
         raise ValueError(f"strategy='single_device' runs on one device, not on {ranks}. Use 'ddp'.")
+    if problem := _device_problem(strategy, accelerator):
+        raise ValueError(f"strategy={strategy!r} {problem}")
     devices = hardware.devices if isinstance(hardware.devices, list) else count
     return {"accelerator": accelerator, "devices": devices, "strategy": strategy}
+
+
+def _device_problem(strategy: str, accelerator: str) -> str:
+    "Why a registered strategy cannot run on an accelerator, with the remedy; empty where it can."
+    if strategy.startswith("fsdp") and accelerator != "cuda":
+        return f"shards a model over GPUs, and accelerator={accelerator!r}. Use a strategy of DeepSpeed, which runs on CPU ranks too, or 'ddp'."
+    if ("xla" in strategy or strategy == "single_tpu") and accelerator != "tpu":
+        return f"runs on TPUs, and accelerator={accelerator!r}. Use 'ddp', or 'auto'."
+    if strategy.endswith("nvme") and accelerator == "cpu":
+        return "moves GPU memory to an NVMe disk, and accelerator='cpu'. Use 'deepspeed_stage_3_offload'."
+    return ""
 
 # %% ../nbs/05_config.ipynb #72963b64
 class Training(Settings):
@@ -151,7 +164,7 @@ class Training(Settings):
     batch_size: Annotated[int, Role(search="value", inference="run", passed_to=("model", "data"))] = Field(32, ge=1)  # samples per rank
     accumulate_grad_batches: Annotated[int, Role(search="value")] = Field(1, ge=1)  # batches per optimizer step
     gradient_clip_val: Annotated[float | None, Role(search="value", passed_to=("trainer",))] = Field(None, gt=0)
-    gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value")] = "norm"
+    gradient_clip_algorithm: Annotated[Literal["norm", "value"], Role(search="value", needs="gradient_clip_val")] = "norm"
     # what computes its activations again in the backward pass: "block" for what the model repeats, or the names of classes
     activation_checkpointing: Annotated[Words, Role(identity=False)] = []
     torch_compile: Annotated[Words, Role(identity="changed")] = []  # what is compiled for the training: blocks, named in the same way
@@ -171,9 +184,9 @@ class OptimizerSettings(Settings):
 # %% ../nbs/05_config.ipynb #5eaf0bc1
 class Monitoring(Settings):
     monitor: str | None = "val_loss"
-    monitor_mode: Literal["min", "max"] = "min"
+    monitor_mode: Annotated[Literal["min", "max"], Role(needs="monitor")] = "min"
     patience: Annotated[int | None, Role(search="value")] = Field(None, ge=0)  # validations without an improvement; None: no early stopping
-    min_delta: Annotated[float, Role(search="value")] = Field(0.0, ge=0)
+    min_delta: Annotated[float, Role(search="value", needs="patience")] = Field(0.0, ge=0)
     # True ends the training where the loss becomes NaN or infinite; else that is reported, and the training continues
     terminate_on_nan: Annotated[bool, Role(identity=False)] = False
     seed: Annotated[int, Role(search="value", inference="run", passed_to=("model", "data"))] = Field(0, ge=0, lt=2**32)
@@ -199,7 +212,8 @@ class Storage(Settings):
     callbacks: Annotated[Objects, Role(identity="changed")] = []
     # seconds without progress on any rank, after which the job ends; None: never
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
-    trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}  # other arguments of Lightning's Trainer
+    # other arguments of Lightning's Trainer; a profiler or a plugin is {"class_path": ..., "init_args": {...}}
+    trainer_args: Annotated[Dictionary, Role(search="entries", inference="given")] = {}
 
     @property
     def origin(self) -> str | None:
@@ -271,8 +285,9 @@ def _place_in(root: str, path: str) -> str:
 # %% ../nbs/05_config.ipynb #87796832
 def _readable_name(config: NamedRun) -> str:
     parameters = inspect.signature(config.model_class).parameters
-    plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | str)}
+    plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
+    arguments = {name: f"{value:g}" if isinstance(value, float) else value for name, value in arguments.items()}
     shape = f"{config.batch_size}x{config.world_size}x{config.accumulate_grad_batches}"
     rate = [] if "lr" in config.unread else [f"lr={config.lr:g}"]
     words = [f"{name}={value}" for name, value in arguments.items()] + rate + [shape, config.precision.removesuffix("-true")]
@@ -325,7 +340,7 @@ class RunConfig(NamedRun):
 
     @property
     def run_name(self) -> str:
-        "What a person reads: the model's integer and text arguments but the defaults, learning rate, batch x ranks x accumulation, precision."
+        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
         return self.name or _readable_name(self)
 
     def folder(
@@ -351,7 +366,7 @@ def _check_agreement(config: RunConfig) -> None:
     _check_classes(config)
     _ = config.model_arguments, config.data_arguments  # they raise for a wrong argument
     config.check_read()
-    for field in ("callbacks", "logger"):
+    for field in ("callbacks", "logger", "trainer_args"):
         check_objects(field, getattr(config, field))
     if config.has_data_module and config.loading:
         raise ValueError(f"{', '.join(config.loading)}: {config.data_class.__name__} makes its own loaders. Set it there.")
@@ -419,6 +434,7 @@ def _check_strategy_args(config: RunConfig) -> None:
 
 def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
     known = set(inspect.signature(Trainer).parameters)
     for name in arguments:
@@ -428,6 +444,11 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer_args: {name!r} is set by dlnb; use the setting of the run, not trainer_args.")
         if name not in known:
             raise ValueError(unknown("trainer_args", name, known - set(RunConfig.model_fields)))
+    for place, spec in specs("trainer_args", arguments):
+        if inspect.isclass(spec.target) and issubclass(spec.target, AsyncCheckpointIO):
+            raise ValueError(
+                f"{place}: {spec.target.__name__} writes a checkpoint later, when dlnb has to know that it is complete. Leave it out."
+            )
 
 # %% ../nbs/05_config.ipynb #4e943b5b
 def check_searchable(
@@ -456,6 +477,9 @@ def apply_params(
         check_searchable("params", name)
         field, *path = name.split(".")
         values[field] = with_entry(field, read_dictionary(values.get(field)), tuple(path), value) if path else value
+    for name, needed in RunConfig.needs().items():
+        if needed in params and params[needed] is None:  # drawn by the search: nothing reads the other one then
+            values.pop(name, None)
     return values
 
 

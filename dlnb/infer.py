@@ -36,7 +36,7 @@ from .trainer import recorded_end
 from .training.build import build_data, build_model
 from .training.on_ranks import needs_ranks, on_ranks
 from .training.plan import describe_differences
-from .training.start import is_rank_zero, run_lock_held
+from .training.start import is_rank_zero, run_folder, run_lock_held
 from .training.trainer import make_trainer, quiet_lightning
 
 # %% ../nbs/08_infer.ipynb #ec610448
@@ -76,7 +76,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     model, data, layout = build_model(config), build_data(config), read_layout(config.resume)
     _check_split(config, data, split)
     base = _base(config, model, layout)
-    record = RunRecord(folder=config.folder(split), mode=split, settings=config.model_dump(), run=str(run))
+    record = RunRecord(folder=run_folder(config, split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(*config.classes)
     if is_rank_zero(config) and (trained := find_weights(run).record):
         for line in describe_differences(trained, record.sources):

@@ -24,7 +24,7 @@ from .tracking.record import RunRecord
 from .tracking.wandb import end_wandb
 from .training.build import build_data, build_model, meanings_kept, with_objects
 from .training.on_ranks import needs_ranks, on_ranks
-from .training.plan import RunPlan, check_fits, check_trainable, plan_run
+from .training.plan import RunPlan, check_class, check_fits, check_trainable, plan_run
 from .training.process_group import await_end, leave_group, leave_old_store
 from .training.start import as_own_run, check_unchanged, find_run, is_finished, is_rank_zero, run_lock_held
 from .training.trainer import build_trainer, quiet_lightning
@@ -53,6 +53,10 @@ def fit(
             check_unchanged(record, sources)
         log.info(f"This run has finished. To train it again, give resume='never'; to continue it, raise max_epochs. {record.folder}")
         return record
+    if model is None:
+        check_class(config)
+    else:
+        check_trainable(config, model)
     record.settings, record.sources, record.given = config.model_dump(), sources, config.given
     with live_card(record) as card:
         if needs_ranks(config):

@@ -10,7 +10,7 @@ import optuna
 
 from .callbacks.progress_bar import Line
 from .config import RunConfig
-from .search.plan import open_study, plan_search
+from .search.plan import announce_left_out, open_study, plan_search
 from .search.scheduler import Scheduler
 from .search.study import StudyConfig
 from .search.trial_queue import best_trial
@@ -32,6 +32,7 @@ def tune(
     """
     plan = plan_search(config, study)
     queue = open_study(plan)
+    announce_left_out(plan)
     record = RunRecord.read_or_new(plan.folder, "tune")
     record.settings = config.model_dump()
     record.resolved = {"study": plan.name, "strategy": plan.config.resolved.strategy, "n_trials": study.n_trials}

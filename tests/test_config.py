@@ -2,11 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from conftest import TRAIN
+from lightning.pytorch.strategies import StrategyRegistry
 
 from dlnb.config import RunConfig
+from dlnb.strategy import build_strategy
 from dlnb.trainer import fit
 
 DIGITS = {"model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits", "accelerator": "cpu"}
@@ -51,6 +55,9 @@ WRONG = [
     ({"monitor": None, "patience": 3}, "patience=3 needs a metric"),
     ({"monitor": None, "save_top_k": 3}, "save_top_k=3 needs a metric"),
     ({"patience": -1}, "patience"),
+    ({"min_delta": 0.1}, "would change nothing without patience. Give patience, or leave min_delta out"),
+    ({"gradient_clip_algorithm": "value"}, "would change nothing without gradient_clip_val"),
+    ({"monitor_mode": "max", "monitor": None}, "would change nothing without monitor"),
     ({"seed": -1}, "seed"),
     ({"name": "a/b"}, "must be of letters"),
     ({"resume": "lost.ckpt"}, "folder or checkpoint that exists"),
@@ -58,6 +65,9 @@ WRONG = [
     ({"wandb": "of"}, "'auto', 'online', 'offline' or 'disabled'"),
     ({"trainer_args": {"max_epoch": 3}}, "trainer_args='max_epoch' is not known"),
     ({"trainer_args": {"devices": 3}}, "'devices' is set by dlnb"),
+    ({"trainer_args": {"profiler": {"class_path": "lightning.pytorch.profilers.SimpelProfiler"}}}, "has no attribute 'SimpelProfiler'"),
+    ({"trainer_args": {"profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"file": 1}}}}, "file"),
+    ({"trainer_args": {"plugins": [{"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO"}]}}, "Leave it out"),
     ({"batchsize": 8}, "Did you mean 'batch_size'?"),
 ]
 
@@ -88,6 +98,30 @@ def test_what_this_machine_cannot_do_is_refused_and_nothing_is_written(settings,
     with pytest.raises(ValueError, match=told):
         fit(RunConfig(**DIGITS | settings))
     assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = {"fsdp": "over GPUs", "xla": "on TPUs", "single_xla": "on TPUs", "single_tpu": "on TPUs"}
+REFUSED |= dict.fromkeys(("ddp_spawn", "ddp_fork", "ddp_notebook"), "from a process that cannot be copied")
+REFUSED |= {"deepspeed_stage_3_offload_nvme": "Use 'deepspeed_stage_3_offload'", "single_device": "Use 'ddp'"}
+
+
+@pytest.mark.parametrize("strategy", StrategyRegistry.available_strategies())
+def test_every_registered_strategy_can_be_built_for_two_cpu_ranks_or_is_refused_with_the_remedy(strategy):
+    reasons = [reason for name, reason in REFUSED.items() if strategy.startswith(name)]
+    try:
+        config = RunConfig(**DIGITS, devices=2, strategy=strategy)
+        config.folder()
+    except ValueError as error:
+        assert reasons and reasons[0] in str(error) and "use " in str(error).lower()
+    else:
+        assert not reasons and build_strategy(strategy, "cpu")
+
+
+def test_a_misspelt_setting_is_refused_before_torch_is_imported():
+    code = "import sys; from dlnb.config import RunConfig\n"
+    code += f"try: RunConfig(**{DIGITS!r}, learning_rate=1)\nexcept ValueError as error: print('torch' in sys.modules, error)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True).stdout
+    assert printed.startswith("False") and "setting='learning_rate' is not known" in printed
 
 
 @pytest.mark.timeout(300)
@@ -138,3 +172,23 @@ def test_the_folder_is_the_same_in_another_process_and_another_order(tmp_path):
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert printed.stdout.strip() == str(RunConfig(**settings).folder())
+
+
+@pytest.mark.timeout(300)
+def test_a_run_whose_folder_was_named_without_its_models_rates_is_resumed_there(tmp_path):
+    settings = DIGITS | dict(devices=1, data_args={"num_workers": 0}, model_args={"dropout": 0.25}, batch_size=256, root=str(tmp_path))
+    named = fit(RunConfig(**settings, max_epochs=1)).folder
+    assert named.name.startswith("dropout=0.25-lr=")
+    before = named.rename(named.with_name(named.name.removeprefix("dropout=0.25-")))  # as earlier versions named it
+    for resume, epochs in (("auto", 2), (str(before), 3)):
+        record = fit(RunConfig(**settings, max_epochs=epochs, resume=resume))
+        assert (record.folder, record.epoch, record.attempts, record.resumed_from) == (before, epochs, epochs, None)
+    assert list(before.parent.iterdir()) == [before]
+
+
+@pytest.mark.timeout(300)
+def test_a_profiler_is_described_as_a_callback_is(tmp_path):
+    profiler = {"class_path": "lightning.pytorch.profilers.SimpleProfiler", "init_args": {"dirpath": str(tmp_path), "filename": "times"}}
+    settings = DIGITS | dict(devices=1, data_args={"num_workers": 0}, max_epochs=1, batch_size=256, root=str(tmp_path / "runs"))
+    assert fit(RunConfig(**settings, trainer_args={"profiler": profiler})).status == "finished"
+    assert "optimizer_step" in (tmp_path / "fit-times.txt").read_text()

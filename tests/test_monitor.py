@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar
 
 from dlnb.config import RunConfig
-from dlnb.errors import TuningError
+from dlnb.errors import TuningError, UntrainableError
 from dlnb.examples import DigitsNet
 from dlnb.search.study import StudyConfig
 from dlnb.trainer import fit
@@ -26,6 +27,14 @@ class Scored(DigitsNet):
 class Two(DigitsNet):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Frozen(LightningModule):
+    "It can be loaded, and not trained."
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(64, 10)
 
 
 class Silent(DigitsNet):
@@ -77,8 +86,35 @@ def test_two_optimizers_are_refused_in_whatever_form_before_a_file_is_written(tm
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("more", [{}, {"devices": 2}], ids=["one rank", "two"])
+def test_a_class_without_a_training_step_is_refused_before_a_file_is_written(tmp_path, more):
+    config = RunConfig(**SETTINGS | dict(model=f"{__file__}:Frozen") | more, root=str(tmp_path))
+    for train in (
+        fit,
+        lambda config: fit(config, Frozen()),
+        lambda config: tune(config, StudyConfig(search_space={"batch_size": [8, 16]})),
+    ):
+        with pytest.raises(UntrainableError, match="has no training_step"):
+            train(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_of_a_model_that_no_trial_can_train_ends_with_the_first_one(tmp_path):
+    config = RunConfig(**SETTINGS | dict(model=f"{__file__}:Two", strategy="deepspeed_stage_2"), root=str(tmp_path))
+    with pytest.raises(TuningError, match="^No trial can be trained. strategy='deepspeed_stage_2': Two has 2 optimizers"):
+        tune(config, StudyConfig(search_space={"batch_size": [8, 16]}, n_trials=4))
+    assert len(list(tmp_path.rglob("rank-0.log"))) == 1
+
+
 def test_a_progress_bar_of_ones_own_takes_the_place_of_dlnbs(tmp_path):
     assert fit(RunConfig(**SETTINGS | dict(max_epochs=1), root=str(tmp_path)), callbacks=[RichProgressBar()]).status == "finished"
+
+
+def test_trials_leave_out_what_saves_checkpoints_and_the_search_says_so(tmp_path, capsys):
+    settings = SETTINGS | dict(max_epochs=1, callbacks="lightning.pytorch.callbacks.ModelCheckpoint", root=str(tmp_path))
+    study = tune(RunConfig(**settings), StudyConfig(search_space={"lr": [1e-3]}, n_trials=1))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] and not list(tmp_path.rglob("*.ckpt"))
+    assert "leave out ModelCheckpoint. To have them, set keep_checkpoints=True." in capsys.readouterr().out
 
 
 def test_a_class_in_the_place_of_a_model_is_named(tmp_path):

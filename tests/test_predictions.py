@@ -54,7 +54,8 @@ class Line(Dataset):
     def __getitem__(self, index): return torch.tensor([index, index / 4]), index %% 3
 
 class Lines(IterableDataset):
-    def __iter__(self): return (torch.tensor([index, index / 4]) for index in range(%(length)d))
+    def __init__(self, length=%(length)d): self.length = length
+    def __iter__(self): return (torch.tensor([index, index / 4]) for index in range(self.length))
 
 Named = namedtuple("Named", "score halves")
 RETURNS = {
@@ -87,9 +88,10 @@ class OfTwo(Model):
     def predict_step(self, batch, batch_idx, dataloader_idx): return self.returns(batch[0]) * (1 + dataloader_idx)
 
 class Streams(pl.LightningDataModule):
+    def __init__(self, length=%(length)d): super().__init__(); self.length = length
     def predict_dataloader(self):
         ranks = dict(num_replicas=self.trainer.world_size, rank=self.trainer.global_rank)
-        return StreamLoader(Share(Lines(), 4 * ranks["num_replicas"], **ranks, drop_last=False), batch_size=4)
+        return StreamLoader(Share(Lines(self.length), 4 * ranks["num_replicas"], **ranks, drop_last=False), batch_size=4)
 
 def predict(name, data, returns, num_samples, model=Model):
     trainer = pl.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
@@ -105,6 +107,7 @@ for name, returns in {**RETURNS, **GATHERS}.items():
 predict("lightning", DataLoader(Line(), batch_size=4, num_workers=1), RETURNS["tensor"], %(length)d)
 predict("loaders", [DataLoader(Line(), batch_size=4), DataLoader(Line(), batch_size=3)], RETURNS["tensor"], [%(length)d] * 2, OfTwo)
 predict("stream", Streams(), RETURNS["detections"], %(length)d)
+predict("short end", Streams(25), GATHERS["gathered"], 25)  # one sample more than whole blocks of one, two or three ranks
 try:
     predict("iterable", DataLoader(Lines(), batch_size=4), RETURNS["tensor"], %(length)d)
 except ValueError as error:
@@ -220,6 +223,12 @@ def test_loaders_that_lightning_shares_among_the_ranks_do_as_well(runs):
     expected = (runs["one"] / "tensor" / "predictions.parquet").read_bytes()
     for ranks in ("one", "two", "three"):
         assert (runs[ranks] / "lightning" / "predictions.parquet").read_bytes() == expected
+
+
+def test_a_stream_whose_last_block_has_fewer_samples_than_ranks_has_equally_many_batches_on_each(runs):
+    for ranks in ("one", "two", "three"):  # which gather each batch, and would wait for one that has none
+        table = pq.read_table(runs[ranks] / "short end" / "predictions.parquet")
+        assert table["prediction"].to_pylist() == [[index, index / 4] for index in range(25)]
 
 
 def test_a_stream_that_is_shared_makes_the_same_table_on_any_number_of_ranks(runs):

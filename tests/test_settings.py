@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from dlnb.config import RunConfig
-from dlnb.search.space import read_space
+from dlnb.config import RunConfig, apply_params
+from dlnb.search.space import check_params, read_space
 from dlnb.search.study import StudyConfig
 
 DIGITS = {"model": "dlnb.examples:DigitsNet", "data": "dlnb.examples:Digits", "accelerator": "cpu", "devices": 1}
@@ -118,6 +118,8 @@ SPACES = {  # name: (search_space, what the sentence says)
     "a step of nothing": ({"batch_size": {"low": 1, "high": 9, "step": 0}}, "batch_size"),
     "a logarithm with steps": ({"batch_size": {"low": 1, "high": 9, "step": 2, "log": True}}, "batch_size"),
     "an unknown key": ({"lr": {"low": 1, "high": 2, "logarithm": True}}, "Did you mean 'log'?"),
+    "a delta without patience": ({"min_delta": {"low": 0.0, "high": 0.1}}, "0.1 is impossible. 1 validation error"),
+    "a way to clip without a bound": ({"gradient_clip_algorithm": ["norm", "value"]}, "without gradient_clip_val"),
     "the root": ({"root": ["a", "b"]}, "root"),
     "the model": ({"model": ["a:B"]}, "model"),
     "the devices": ({"devices": [1, 2]}, "devices"),
@@ -140,6 +142,15 @@ def test_a_space_that_nobody_can_search_is_refused_in_a_sentence(space, told):
     with pytest.raises(ValueError) as caught:
         read_space(StudyConfig(search_space=space).search_space, RunConfig(**DIGITS))
     assert told in str(caught.value) and not RAW.search(str(caught.value)), caught.value
+
+
+def test_a_setting_and_the_one_that_it_needs_are_searched_together():
+    config = RunConfig(**DIGITS)
+    space = read_space({"gradient_clip_val": [None, 1.0], "gradient_clip_algorithm": ["norm", "value"]}, config)
+    for params, clipped in [((None, "value"), (None, "norm")), ((1.0, "value"), (1.0, "value"))]:
+        trial = apply_params(config.model_dump(), dict(zip(space, params)))
+        assert (RunConfig(**trial).gradient_clip_val, RunConfig(**trial).gradient_clip_algorithm) == clipped
+    assert check_params(space, {"gradient_clip_algorithm": "value"}) == {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
 
 
 def test_a_home_folder_is_the_users(monkeypatch, tmp_path):

@@ -83,3 +83,11 @@ class LengthGroupedSampler(Sampler):
         for start in range(0, len(order), self.size):
             window = order[start : start + self.size]
             yield from window[np.argsort(-self.lengths[window], kind="stable")].tolist()
+
+# %% ../../nbs/loading/00_order.ipynb #156dc628
+def too_few_to_share(samples: int, num_replicas: int) -> str:
+    "The error for fewer samples than ranks that evaluate them."
+    return (
+        f"{samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
+        f"evaluate. Use at most {samples} devices, or a larger split."
+    )

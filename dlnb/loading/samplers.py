@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from torch.utils.data import DistributedSampler, Sampler
 
-from .order import drawn_order, epoch_order
+from .order import drawn_order, epoch_order, too_few_to_share
 
 # %% ../../nbs/loading/02_samplers.ipynb #8d17a177
 def _too_few_samples(samples: int, batch_size: int, num_replicas: int, accumulate_grad_batches: int) -> str:
@@ -84,10 +84,7 @@ def evaluation_batch_size(
     With m = num_samples // num_replicas, ceil(m / b) == ceil((m + 1) / b) exactly when b does not divide m.
     Raises `ValueError` where there are fewer samples than ranks."""
     if num_samples < num_replicas:
-        raise ValueError(
-            f"{num_samples} samples cannot be shared among {num_replicas} ranks: one would have none to "
-            f"evaluate. Use at most {num_samples} devices, or a larger split."
-        )
+        raise ValueError(too_few_to_share(num_samples, num_replicas))
     per_rank, remainder = divmod(num_samples, num_replicas)
     if remainder == 0:
         return batch_size

@@ -7,20 +7,26 @@ __all__ = []
 
 # %% ../../nbs/loading/01_stream.ipynb #eae24148
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate
 
-from .order import own_stream
+from .order import own_stream, too_few_to_share
 
 # %% ../../nbs/loading/01_stream.ipynb #60e452c6
 class Block(list):
     "The samples of a block that are this rank's, with their numbers in the stream, and the stream's state after it."
 
-    def __init__(self, samples: list[tuple[int, Any]], state: Any):
+    def __init__(self, samples: list[tuple[int, Any]], state: Any, least: int, most: int):
         super().__init__(samples)
         self.state = state
+        self.least, self.most = least, most  # samples of a rank
+
+    def batches(self, batch_size: int) -> list[list[tuple[int, Any]]]:
+        "In nearly equal parts, as many as on every other rank."
+        count = min(-(-self.most // batch_size), self.least)
+        return [self[start:end] for start, end in pairwise(-(-len(self) * part // count) for part in range(count + 1))]
 
 # %% ../../nbs/loading/01_stream.ipynb #82a3182d
 class Share:
@@ -39,7 +45,27 @@ class Share:
         self.num_replicas, self.rank = num_replicas, rank
 
     def blocks(self, epoch: int, first: int = 0) -> Iterator[Block]:
-        "From a block on, whose place the stream has been set to."
+        "From a block on, whose place the stream has been set to. Raises `ValueError` for an evaluation of fewer samples than ranks."
+        blocks = self._read(epoch, first)
+        for samples, state in blocks if self.drop_last or self.num_replicas == 1 else self._joined(blocks):
+            most = -(-len(samples) // self.num_replicas)
+            yield Block(samples[self.rank :: self.num_replicas], state, len(samples) // self.num_replicas, most)
+
+    def _joined(self, blocks: Iterator[tuple[list, Any]]) -> Iterator[tuple[list, Any]]:
+        "The same, the last one joined to the one before where not every rank would have a sample of it."
+        before: list[tuple[int, Any]] = []
+        for samples, state in blocks:
+            if before and len(samples) >= self.num_replicas:
+                yield before, None
+                before = []
+            before = before + samples
+        if 0 < len(before) < self.num_replicas:
+            raise ValueError(too_few_to_share(len(before), self.num_replicas))
+        if before:
+            yield before, None
+
+    def _read(self, epoch: int, first: int) -> Iterator[tuple[list, Any]]:
+        "The numbered samples of all ranks, and the stream's state after them."
         number, items = first, None
         while True:
             with own_stream(self.seed, epoch, number):
@@ -48,8 +74,7 @@ class Share:
                 state = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
             if not block or self.drop_last and len(block) < self.size:
                 return
-            start, own = number * self.size, range(self.rank, len(block), self.num_replicas)
-            yield Block([(start + index, block[index]) for index in own], state)
+            yield [*enumerate(block, number * self.size)], state
             number += 1
 
 # %% ../../nbs/loading/01_stream.ipynb #b0482c5a
@@ -82,8 +107,8 @@ class StreamLoader:
         (first, self.first), self.states, self.seen_batch_indices = (self.first, 0), {}, []
         number = first * self.batches_per_block
         for block in self.share.blocks(self.place()[0], first):
-            for start in range(0, len(block), self.batch_size):
-                samples, number = block[start : start + self.batch_size], number + 1
+            for samples in block.batches(self.batch_size):
+                number += 1
                 self.states[number] = block.state
                 self.states.pop(number - FETCHED_AHEAD, None)
                 if not self.share.drop_last:  # nobody asks for the numbers of what is trained, and there is no end of them

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/search/06_plan.ipynb #0775ac80
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from lightning.pytorch.callbacks import Checkpoint
 
 from ..config import RunConfig, known_folder, short_hash
 from .space import Space, read_space
@@ -21,9 +23,12 @@ from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
 from ..session.place import Resources
+from ..settings.objects import specs
+from ..system.log import log
 from ..system.processes import usable_cores
 from ..tracking.kept_source import given_source, keep_source
 from ..tracking.sources import source_hashes
+from ..training.plan import check_class
 
 # %% ../../nbs/search/06_plan.ipynb #f1c79e18
 def check_searchable_run(config: RunConfig) -> None:
@@ -95,6 +100,7 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     config = RunConfig(**config.model_dump() | {"devices": -1 if config.devices == "auto" else config.devices})
     space = read_space(study.search_space, config)
     check_searchable_run(config)
+    check_class(config)
     groups = device_groups(config, study.devices_per_trial)
     config = RunConfig(**config.model_dump() | {"devices": len(groups[0])})
     config = config.with_given(given_source(source_hashes(*config.classes)))
@@ -104,6 +110,14 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     plan = SearchPlan(config, study, space, groups, folder.name, folder)
     plan.build_sampler(0), plan.build_pruner()  # their mistakes come first
     return plan
+
+
+def announce_left_out(plan: SearchPlan) -> None:
+    "Say which callbacks the trials do not have: those that save checkpoints, unless the search keeps them."
+    found = [spec.target for _, spec in specs("callbacks", plan.config.callbacks)]
+    names = [cls.__name__ for cls in found if inspect.isclass(cls) and issubclass(cls, Checkpoint)]
+    if names and not plan.study.keep_checkpoints:
+        log.info(f"The trials keep no checkpoints, and leave out {', '.join(names)}. To have them, set keep_checkpoints=True.")
 
 
 def study_identity(config: RunConfig, study: StudyConfig) -> dict[str, Any]:

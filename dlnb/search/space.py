@@ -71,18 +71,30 @@ def read_space(
     given = read_text(given) if isinstance(given, str) else given
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"search_space={given!r} must name a setting or more, or be a function of the trial.")
-    return {name: _checked(name, what, config) for name, what in given.items()}
+    space = {name: _distribution(name, what) for name, what in given.items()}
+    for name in space:
+        _check_values(name, space, config)
+    return space
 
 # %% ../../nbs/search/00_space.ipynb #0eab3ffb
-def _checked(name: str, what: Any, config: RunConfig) -> BaseDistribution:
+def _distribution(name: str, what: Any) -> BaseDistribution:
     check_searchable(f"search_space[{name!r}]", name)
-    drawn = distribution(name, what)
-    for value in _edges(drawn):
+    return distribution(name, what)
+
+
+def _check_values(name: str, space: Mapping[str, BaseDistribution], config: RunConfig) -> None:
+    for value in _edges(space[name]):
         try:
-            RunConfig(**apply_params(config.model_dump(), {name: value}))
+            RunConfig(**apply_params(config.model_dump(), with_needed(space, {name: value})))
         except ValueError as error:
             raise ValueError(f"search_space[{name!r}]: {value!r} is impossible. {error}") from None
-    return drawn
+
+
+def with_needed(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> dict[str, Any]:
+    "Parameters, with a value of each setting that they mean nothing without, and that the search draws as well."
+    needed = {RunConfig.needs().get(name) for name in params} & space.keys() - params.keys()
+    values = {name: [value for value in _edges(space[name]) if value is not None] for name in needed}
+    return {name: found[0] for name, found in values.items() if found} | dict(params)
 
 
 def draw(space: Space, trial: optuna.Trial) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def check_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
         if name not in space:
             raise ValueError(unknown("parameter", name, space))
         check_drawable(name, space[name], value)
-    return dict(params)
+    return with_needed(space, params)
 
 
 def _checked_call(space: Callable[[optuna.Trial], Mapping[str, Any]], params: Mapping[str, Any]) -> dict[str, Any]:

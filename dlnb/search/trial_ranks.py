@@ -26,12 +26,13 @@ class Outcome(NamedTuple):
 
     state: Literal["finished", "pruned", "failed", "stopped"]
     error: str | None = None  # the failing rank's traceback, or what else happened
+    is_general: bool = False  # every other trial would fail for the same reason
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #542360ba
 def _run_trial(place: Place, channel: Any, settings: dict[str, Any], group: str, checkpoints: bool) -> None:
     "What a rank's process does."
     from dlnb.callbacks.pruning import ReportProgress
-    from dlnb.errors import Pruned
+    from dlnb.errors import Pruned, UntrainableError
     from dlnb.trainer import fit_trial
 
     def report(number: int, value: float) -> bool:
@@ -44,6 +45,8 @@ def _run_trial(place: Place, channel: Any, settings: dict[str, Any], group: str,
         channel.send(("end", Outcome("finished")))
     except Pruned:
         channel.send(("end", Outcome("pruned")))
+    except UntrainableError as error:
+        channel.send(("end", Outcome("failed", str(error), is_general=True)))
     except BaseException:
         channel.send(("end", Outcome("failed", f"rank {place.rank}: {traceback.format_exc()}")))
 

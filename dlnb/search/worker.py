@@ -105,6 +105,8 @@ class Worker:
             write_best(self.plan, self.queue.all())
 
     def _count_failure(self, number: int, outcome: Outcome) -> None:
+        if outcome.is_general:
+            raise TuningError(f"No trial can be trained. {outcome.error}")
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= self.plan.study.max_failures:
             raise TuningError(f"{self.failed_in_a_row} trials failed one after the other; the last, trial {number}: {outcome.error}")

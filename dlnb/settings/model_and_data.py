@@ -134,3 +134,8 @@ class ReadSettings(ClassArguments):
         for name, reason in self.unread.items():
             if not self.is_default(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {reason}. Leave it out, or have the class take it.")
+        for name, needed in self.needs().items():
+            if not self.is_default(name) and getattr(self, needed) is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} would change nothing without {needed}. Give {needed}, or leave {name} out."
+                )

@@ -23,6 +23,7 @@ class Role:
     search: Literal["no", "value", "entries"] = "no"  # a search may vary it, or the entries of the dictionary that it is
     inference: Literal["no", "run", "given"] = "no"  # inference reads it from the run's record, or from the user alone
     passed_to: tuple[Literal["model", "data", "optimizer", "trainer"], ...] = ()  # what takes it as an argument of this name
+    needs: str | None = None  # another setting, without which nothing reads this one
 
 # %% ../../nbs/settings/06_roles.ipynb #50d41197
 class Settings(BaseModel):
@@ -52,6 +53,12 @@ class Settings(BaseModel):
     ) -> list[str]:  # in the order of the fields
         "The names of the settings that it may take as arguments."
         return [name for name, field in cls.model_fields.items() if reader in _role_of(field).passed_to]
+
+    @classmethod
+    def needs(cls) -> dict[str, str]:
+        "The settings that nothing reads without another one, each with that one."
+        needed = {name: _role_of(field).needs for name, field in cls.model_fields.items()}
+        return {name: other for name, other in needed.items() if other}
 
     def is_default(
         self,

@@ -22,6 +22,7 @@ from ..checkpoint.search import Found
 from ..checkpoint.trust import key_file
 from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
+from ..errors import UntrainableError
 from ..formats.reader import read_layout
 from ..settings.model_and_data import own_optimizer
 from ..system.log import log
@@ -144,12 +145,38 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
     elif weights:
         log.info(str(find_pretrained(model, weights)))
 
+# %% ../../nbs/training/02_plan.ipynb #4e22bf7e
+def _may_define(model: type, name: str) -> bool:
+    "Whether a LightningModule has a method of its own, or a function that may set one."
+    own = [vars(cls) for cls in model.__mro__ if cls not in LightningModule.__mro__]
+    functions = [value for names in own for value in names.values() if inspect.isfunction(value)]
+    return any(name in names for names in own) or any(name in function.__code__.co_names for function in functions)
+
+
+def _no_training_step(config: RunConfig) -> UntrainableError:
+    return UntrainableError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
+
+
+def _check_sharded(config: RunConfig) -> None:
+    if config.resolved.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
+        raise UntrainableError(
+            f"strategy={config.strategy!r}: FSDP's flat shards have lost the shapes by which dlnb's optimizer decides what decays. Define "
+            f"configure_optimizers in {config.model_class.__name__}."
+        )
+
+
+def check_class(config: RunConfig) -> None:
+    "Raise `UntrainableError` for a class without a training step, and under FSDP without an optimizer; of a function only the result tells."
+    if inspect.isclass(config.model_class) and not _may_define(config.model_class, "training_step"):
+        raise _no_training_step(config)
+    _check_sharded(config)
+
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def _check_read(config: RunConfig, model: LightningModule) -> None:
-    "Raise `ValueError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
+    "Raise `UntrainableError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
     for name in config.passed_to("optimizer"):
         if not config.is_default(name) and name not in config.passed_to_model:
-            raise ValueError(
+            raise UntrainableError(
                 f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has "
                 f"an optimizer of its own, and the function takes no argument {name}. Leave it out, or have the function take it."
             )
@@ -158,15 +185,11 @@ def _check_read(config: RunConfig, model: LightningModule) -> None:
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a module without a training step or the named blocks, and for one whose optimizers the strategy cannot step."
     if not is_overridden("training_step", model):
-        raise ValueError(f"model={config.model!r} has no training_step(self, batch, batch_idx), so that it cannot be trained.")
+        raise _no_training_step(config)
     for setting in ("activation_checkpointing", "torch_compile"):
         if (names := getattr(config, setting)) and not is_overridden("configure_model", model):
             find_blocks(model, names, setting)
-    if config.resolved.strategy.startswith("fsdp") and inspect.isclass(config.model_class) and not own_optimizer(config.model_class):
-        raise ValueError(
-            f"strategy={config.strategy!r}: FSDP's flat shards have lost the shapes by which dlnb's optimizer decides what decays. Define "
-            f"configure_optimizers in {type(model).__name__}."
-        )
+    _check_sharded(config)
     if not inspect.isclass(config.model_class) and own_optimizer(type(model)):
         _check_read(config, model)
     if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
@@ -177,6 +200,6 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
         return
     made = made[0] if isinstance(made, tuple) and isinstance(made[0], list) else made  # optimizers, and their schedulers
     if isinstance(made, (list, tuple)) and len(made) > 1:
-        raise ValueError(
+        raise UntrainableError(
             f"strategy={config.strategy!r}: {type(model).__name__} has {len(made)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
         )

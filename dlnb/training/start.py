@@ -43,8 +43,16 @@ def is_rank_zero(config: RunConfig) -> bool:
 # %% ../../nbs/training/01_start.ipynb #99442c04
 def find_run(config: RunConfig) -> RunRecord:
     "The record of the run that these settings mean. It may be another process's until `fit` has the folder's lock."
-    folder = config.folder() if config.name else known_folder(config.folder())
+    folder = run_folder(config)
     return RunRecord.read_or_new(_free_folder(folder) if config.resume == "never" else folder)
+
+
+def run_folder(
+    config: RunConfig,
+    mode: str = "train",  # train, test or predict
+) -> Path:
+    "Where the run is, also where an earlier version of dlnb has named its folder otherwise."
+    return config.folder(mode) if config.name else known_folder(config.folder(mode))
 
 
 def as_own_run(config: RunConfig) -> RunConfig:
@@ -52,7 +60,7 @@ def as_own_run(config: RunConfig) -> RunConfig:
     if not config.origin:
         return config
     own = RunConfig(**config.model_dump() | {"resume": "auto"}).with_given(config.given)
-    return own if own.folder().resolve() == Path(config.resume).resolve() else config
+    return own if run_folder(own).resolve() == Path(config.resume).resolve() else config
 
 # %% ../../nbs/training/01_start.ipynb #3f36335f
 def find_start(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, LearningRateMonitor, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -88,7 +88,8 @@ def build_trainer(
     }
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
-    callbacks += [*build_objects(config.callbacks, "callbacks"), *more, *_starting(plan)]
+    own = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
+    callbacks += [*own, *more, *_starting(plan)]
     check_callbacks(config, callbacks)
     return make_trainer(config, folder, callbacks, **arguments)
 
@@ -139,7 +140,7 @@ def make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **a
     if config.trainer_args.get("enable_progress_bar", True) and not own_bar:
         callbacks.append(progress_bar())
     callbacks.append(MarkProgress(config.progress_timeout))
-    trainer = Trainer(**shared | arguments | config.trainer_args)
+    trainer = Trainer(**shared | arguments | build_objects(config.trainer_args, "trainer_args"))
     average_integers_exactly(trainer.strategy)
     return trainer
 
