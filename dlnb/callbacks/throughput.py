@@ -331,7 +331,8 @@ class Rows:
         self.file = MetricsFile(folder / "throughput.csv") if folder else None
         self.before: tuple[Count, dict[str, float]] = Count(), {}
         if self.file is not None:
-            self.file.keep_before(step)
+            with suppress(OSError):  # a full disk is reported where metrics.csv meets it
+                self.file.keep_before(step)
 
     def next(self, count: Count, phases: dict[str, float], world_size: int) -> dict[str, float]:
         (counted, spent), self.before = self.before, (count, phases)
@@ -344,7 +345,7 @@ class Rows:
     def write(self, row: dict[str, float], step: int) -> None:
         if self.file is not None:
             self.file.waiting.append(row | {"step": step})
-            with suppress(OSError):  # a full disk is reported where metrics.csv meets it
+            with suppress(OSError):
                 self.file.save()
 
 # %% ../../nbs/callbacks/13_throughput.ipynb #2c73171c
@@ -378,7 +379,7 @@ class MeasureThroughput(_Totals):
         "Note what all ranks have measured; all of them call it."
         own = self.of_this_rank(trainer)
         ranks = [own] * trainer.world_size
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and distributed.is_initialized():
             distributed.all_gather_object(ranks, own)
         self.result = together(ranks)
         if self.record is not None:
