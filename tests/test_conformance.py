@@ -33,7 +33,7 @@ def test_the_folder_is_named_by_the_settings_and_holds_everything(trained):
     assert trained.folder == trained.config.folder().resolve()
     assert trained.folder.parts[-4:-1] == ("Digits-DigitsNet", "train", trained.strategy)
     names = {path.name for path in trained.folder.iterdir()}
-    assert names == {"run.json", "checkpoints", "model.safetensors", "metrics.csv", "train.ipynb"}
+    assert names == {"run.json", "checkpoints", "model.safetensors", "metrics.csv", "train.ipynb", "throughput.csv"}
     assert {path.name for path in (trained.folder / "checkpoints").iterdir()} == {"epoch=2.ckpt", "last.ckpt"}
 
 

@@ -34,6 +34,11 @@ def _of(done: int, total: int | float | None) -> str:
     "How many of how many, where that is known: a training that ends by its steps has no last epoch, a stream no last batch."
     return f"{done}/{total}" if total and 0 < total < float("inf") else str(done)
 
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #28da9663
+def rates(trainer: Trainer) -> dict[str, float]:  # "samples/s" and "tokens/s", as far as they are known
+    measuring = (callback for callback in trainer.callbacks if hasattr(callback, "rates"))
+    return {f"{name}/s": rate for callback in measuring for name, rate in callback.rates(trainer).items()}
+
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #a8d3f3c4
 class NotebookProgressBar(ProgressBar):
     "One line in a notebook, at most twice a second."
@@ -94,10 +99,18 @@ class NotebookProgressBar(ProgressBar):
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         metrics.pop("v_num", None)
         words = [f"epoch {_of(epoch, trainer.max_epochs)}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
+        words += [f"{rate:.4g} {unit}" for unit, rate in rates(trainer).items()]
         words += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()]
         return " · ".join(words)
+
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #43f358ff
+class TerminalProgressBar(TQDMProgressBar):
+    "Lightning's bar, with samples per second."
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        return super().get_metrics(trainer, pl_module) | {unit: f"{rate:.4g}" for unit, rate in rates(trainer).items()}
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #d433a739
 def progress_bar() -> ProgressBar:
     "The bar that suits where the process shows its output."
-    return NotebookProgressBar() if shows_displays() else TQDMProgressBar(leave=True)
+    return NotebookProgressBar() if shows_displays() else TerminalProgressBar(leave=True)

@@ -14,6 +14,9 @@ import optuna
 from optuna.trial import TrialState
 
 # %% ../../nbs/search/10_results.ipynb #0ce48159
+MEASURED = ("samples_per_second", "tokens_per_second", "mfu", "peak_memory")  # of a training, where its record has them
+
+
 def trials_table(study: optuna.Study):  # a pandas DataFrame: a row per trial, the best first, those that failed last
     "The trials with their values, parameters and durations."
     import pandas
@@ -22,6 +25,10 @@ def trials_table(study: optuna.Study):  # a pandas DataFrame: a row per trial, t
     table = study.trials_dataframe(attrs=(*columns, "params")) if study.trials else pandas.DataFrame(columns=columns)
     table["duration"] = pandas.to_timedelta(table["duration"]).dt.total_seconds().round(1)
     table.columns = [name.removeprefix("params_") for name in table.columns]
+    for name in MEASURED:
+        values = [trial.user_attrs.get(name) for trial in study.trials]
+        if name not in table and any(value is not None for value in values):
+            table[name] = values
     failed = table["state"] == "FAIL"
     ascending = study.direction == optuna.study.StudyDirection.MINIMIZE
     ordered = table.assign(failed=failed).sort_values(["failed", "value"], ascending=[True, ascending])

@@ -10,6 +10,7 @@ import math
 import shutil
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -23,7 +24,9 @@ from .space import draw
 from .trial import run_trial
 from .trial_queue import ExhaustibleStudy, TrialQueue, trial_id
 from .trial_ranks import Outcome
+from ..tracking.catalogue import throughput_columns
 from ..tracking.kept_source import with_kept_paths
+from ..tracking.record import RunRecord
 
 # %% ../../nbs/search/08_worker.ipynb #eb199038
 def final_outcome(outcome: Outcome, values: list[float], monitor: str) -> Outcome:
@@ -61,6 +64,13 @@ class TrialTraining:
         bounds: dict[str, Any] = {"timeout": plan.study.trial_timeout, "checkpoints": plan.study.keep_checkpoints, "stop": stop}
         return run_trial(config, folder, self.report, plan.name, plan.resources(devices), **bounds)
 
+    def note_throughput(self) -> None:
+        "Store how fast the training was, as its record says, for the trial's row."
+        with suppress(ValueError):  # it has failed before it had a record
+            record = RunRecord.read(self.plan.trial_folder(self.trial.number))
+            for name, value in throughput_columns(record).items():
+                self.trial.set_user_attr(name, value)
+
 # %% ../../nbs/search/08_worker.ipynb #2db8974b
 class Worker:
     "Runs claimed trials, and writes their ends."
@@ -97,6 +107,7 @@ class Worker:
             study.tell(training.trial, state=TrialState.FAIL)
             return self._count_failure(training.trial.number, outcome)
         self.failed_in_a_row = 0
+        training.note_throughput()
         if outcome.state == "pruned":
             study.tell(training.trial, state=TrialState.PRUNED)
         else:

@@ -35,6 +35,26 @@ def data_fetcher(trainer: Trainer) -> Any:
     "What reads the training's batches; `iter` begins an epoch."
     return trainer.fit_loop._data_fetcher
 
+
+def call_around_fetch(
+    trainer: Trainer,
+    before: Callable[[], None],
+    after: Callable[[], None],
+) -> None:
+    "Have two functions called around each reading of a training batch, from the next fit on."
+    loop: Any = trainer.fit_loop.epoch_loop
+    began, ended = type(loop)._on_before_fetch, type(loop)._on_after_fetch
+
+    def fetch() -> None:
+        began(loop)
+        before()
+
+    def fetched() -> None:
+        after()
+        ended(loop)
+
+    loop._on_before_fetch, loop._on_after_fetch = fetch, fetched
+
 # %% ../../nbs/system/10_trainer_internals.ipynb #75a6b207
 def logged_steps(trainer: Trainer) -> int:
     "The number that rows of metrics are logged by."
@@ -44,7 +64,12 @@ def logged_steps(trainer: Trainer) -> int:
 def is_at_step_within_epoch(trainer: Trainer) -> bool:
     "Whether the batch that was just trained has completed an optimizer step, and is not the epoch's last."
     loop = trainer.fit_loop.epoch_loop
-    return not loop._should_accumulate() and not loop._num_ready_batches_reached()
+    return completes_step(trainer) and not loop._num_ready_batches_reached()
+
+
+def completes_step(trainer: Trainer) -> bool:
+    "Whether the batch that is being trained, or was just trained, completes an optimizer step."
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def logged_results(trainer: Trainer) -> Any:

@@ -78,7 +78,7 @@ def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
     plain = {name: value for name, value in record.settings.items() if not isinstance(value, NESTED)}
     own = _own_columns(record, plain)
     own["run"].encode()  # raises where the folder's name is no Unicode
-    parts = {"": own, "metrics": record.metrics, "settings": plain}
+    parts = {"": own, "metrics": record.metrics, "settings": plain, "throughput": throughput_columns(record)}
     for group in ("model_args", "data_args"):
         values = _setting(record, group, dict, {})
         parts[group] = {name: str(value) if isinstance(value, NESTED) else value for name, value in values.items()}
@@ -102,6 +102,16 @@ def _own_columns(record: RunRecord, plain: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
+def throughput_columns(record: RunRecord) -> dict[str, Any]:
+    "What was measured; nothing in a record of an earlier version."
+    found = record.throughput
+    if found is None:
+        return {}
+    peak = max(found.ranks.get("device_memory") or found.ranks.get("host_memory") or [math.nan])
+    columns = {name: getattr(found, name) for name in ("samples_per_second", "tokens_per_second", "mfu")} | {"peak_memory": peak}
+    return {name: value for name, value in columns.items() if value is not None}
+
+
 def _setting(record: RunRecord, name: str, kind: type, default: Any) -> Any:
     if not isinstance(value := record.settings.get(name, default), kind):
         raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is no {kind.__name__}.")
@@ -113,7 +123,7 @@ def table_of(parts: list[dict[str, dict[str, Any]]]) -> tuple[Any, dict[str, str
     import pandas
 
     columns, taken = {("", name): name for name in OWN_COLUMNS}, set(OWN_COLUMNS)
-    for group in ("settings", "metrics", "model_args", "data_args"):  # the first group with a name keeps it
+    for group in ("settings", "metrics", "model_args", "data_args", "throughput"):  # the first group with a name keeps it
         for name in dict.fromkeys(name for part in parts for name in part[group]):
             column = name
             while column in taken:

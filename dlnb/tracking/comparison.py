@@ -130,7 +130,7 @@ def _files(path: Path) -> list[Path]:
 # %% ../../nbs/tracking/08_comparison.ipynb #f39824b4
 def plot_runs(
     *runs: str | Path | RunRecord,
-    metric: str = "val_loss",
+    metric: str = "val_loss",  # or a column of throughput.csv, such as "samples_per_second"
     smoothing: float = 0.0,  # from 0 (none) up to 1, exclusive
 ):  # a matplotlib Figure
     "Draw a metric of several runs over their optimizer steps. Raises `ValueError` for one that a run has not logged."
@@ -150,10 +150,17 @@ def plot_runs(
     return figure
 
 # %% ../../nbs/tracking/08_comparison.ipynb #5a66b6d4
+def _tables(folder: Path) -> dict[str, Any]:
+    "What the run has logged, by file: its metrics, and its throughput where that was measured."
+    measured = ["throughput.csv"] if (folder / "throughput.csv").is_file() else []
+    return {file: read_metrics(folder, file) for file in ("metrics.csv", *measured)}
+
+
 def _curve(folder: Path, metric: str, smoothing: float) -> Any:
-    metrics = read_metrics(folder)
-    if metric not in metrics:
-        names = [name for name in metrics.columns if name not in ("epoch", "step")]
+    tables = _tables(folder)
+    file = next((file for file, table in tables.items() if metric in table), None)
+    if file is None:
+        names = [name for table in tables.values() for name in table.columns if name not in ("epoch", "step")]
         raise ValueError(f"{folder}: {unknown('metric', metric, names)}")
-    curve = curve_of(folder, metrics, metric)
+    curve = curve_of(folder, tables[file], metric, file)
     return curve.assign(**{metric: curve[metric].ewm(alpha=1 - smoothing).mean()}) if smoothing else curve

@@ -13,6 +13,7 @@ from typing import Any
 # %% ../../nbs/tracking/05_curves.ipynb #5e2a86d1
 def read_metrics(
     folder: str | Path,  # a run's folder
+    file: str = "metrics.csv",  # or "throughput.csv"
 ):  # a pandas DataFrame: one row per logging call, by optimizer step; NaN where a metric was not logged then
     """The metrics that a run has logged, without a last line that a kill has truncated.
 
@@ -20,9 +21,9 @@ def read_metrics(
     """
     import pandas
 
-    path = Path(folder) / "metrics.csv"
+    path = Path(folder) / file
     if not path.is_file():
-        raise ValueError(f"{folder} has no metrics.csv: no metric was logged there yet.")
+        raise ValueError(f"{folder} has no {file}: no metric was logged there yet.")
     try:
         table = pandas.read_csv(StringIO(_complete_lines(path)))
         if "step" not in table:
@@ -42,10 +43,10 @@ def _complete_lines(path: Path) -> str:
     return text if last.count(",") == first.count(",") else text.removesuffix(last)
 
 
-def curve_of(folder: Path, metrics: Any, name: str) -> Any:
+def curve_of(folder: Path, metrics: Any, name: str, file: str = "metrics.csv") -> Any:
     "A metric where it was logged, by step. Raises `ValueError` where it holds text."
     if metrics[name].dtype.kind not in "fiub":
-        raise ValueError(f"{Path(folder) / 'metrics.csv'} is damaged: {name} holds what is no number.")
+        raise ValueError(f"{Path(folder) / file} is damaged: {name} holds what is no number.")
     return metrics[["step", name]].dropna()
 
 # %% ../../nbs/tracking/05_curves.ipynb #1063e4ba
@@ -69,18 +70,19 @@ def as_label(
 # %% ../../nbs/tracking/05_curves.ipynb #018bc45e
 def plot_metrics(
     folder: str | Path,  # a run's folder
+    file: str = "metrics.csv",  # or "throughput.csv", for samples per second and the seconds of each phase
 ):  # a matplotlib Figure
     "Draw a run's metrics over its optimizer steps, training and validation in one picture."
     from matplotlib import pyplot
 
-    metrics = read_metrics(folder)
+    metrics = read_metrics(folder, file)
     groups = _grouped([name for name in metrics.columns if name not in ("epoch", "step")])
     if not groups:
-        raise ValueError(f"{Path(folder) / 'metrics.csv'} holds no metric.")
+        raise ValueError(f"{Path(folder) / file} holds no metric.")
     figure, axes = pyplot.subplots(1, len(groups), figsize=(4.2 * len(groups), 3), layout="constrained", squeeze=False)
     for axis, (title, members) in zip(axes[0], groups.items()):
         for name in members:
-            curve = curve_of(Path(folder), metrics, name)
+            curve = curve_of(Path(folder), metrics, name, file)
             axis.plot(curve["step"], curve[name], label=as_label(name), marker="." if len(curve) < 30 else None)
         axis.set(title=as_label(title), xlabel="optimizer step")
         axis.legend()

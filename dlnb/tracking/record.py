@@ -77,7 +77,23 @@ class Provenance(BaseModel):
     code: dict[str, Any] = {}  # the git commit, and whether files differ from it
     hardware: dict[str, Any] = {}
 
+# %% ../../nbs/tracking/01_record.ipynb #b3c0b5df
+class Throughput(BaseModel):
+    "How fast the last attempt trained, and where its time went."
 
+    samples_per_second: float | None = None  # of all ranks, without validation and checkpoints
+    tokens_per_second: float | None = None  # likewise, where a sample is a row of integers
+    steps: int = 0  # optimizer steps
+    samples: int = 0  # of all ranks
+    tokens: int | None = None
+    seconds: float = 0.0  # of the training loop, in which validation and checkpoints are
+    phases: dict[str, float] = {}  # the same seconds by what they were spent on, the mean of the ranks
+    ranks: dict[str, list[float]] = {}  # a number per rank: seconds of data and of communication, peak memory in GB
+    slowest_rank: int | None = None  # the one that the others waited for; None where none was, or it is not known
+    flops_per_sample: float | None = None  # of the forward and the backward pass
+    mfu: float | None = None  # the share of the devices' peak FLOP/s that these are
+
+# %% ../../nbs/tracking/01_record.ipynb #8f388c54
 class Results(BaseModel):
     epoch: int = 0  # finished epochs; in a training with checkpoints, as far as the newest one
     step: int = 0  # optimizer steps, likewise
@@ -92,6 +108,7 @@ class Results(BaseModel):
     run: str | None = None  # of a test: the folder of the training, or the file, whose weights it used
     predictions: str | None = None  # one row per sample
     wandb: dict[str, str] | None = None  # project, id and mode
+    throughput: Throughput | None = None  # of the last attempt
 
 # %% ../../nbs/tracking/01_record.ipynb #6bafb885
 class StoredRecord(Results, Provenance, AttemptFields):  # pydantic lists the fields of the last base first
@@ -284,4 +301,20 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
     rows |= {"resumed from": record.resumed_from} if record.resumed_from else {}
     best = f"{record.best_checkpoint} ({record.best_score:.4g})" if record.best_score is not None else "-"
     trained = {"trained": f"{record.epoch} epochs, {record.step} steps"}
+    trained |= {"speed": _speed(record.throughput)} if record.throughput and record.throughput.samples_per_second else {}
     return rows | trained | metrics | {"best checkpoint": best}
+
+# %% ../../nbs/tracking/01_record.ipynb #91a46c2a
+def _speed(throughput: Throughput) -> str:
+    "Samples and tokens per second, and what the time was spent on."
+    rates = {"samples/s": throughput.samples_per_second, "tokens/s": throughput.tokens_per_second}
+    words = [f"{rate:.4g} {unit}" for unit, rate in rates.items() if rate]
+    words += [f"MFU {throughput.mfu:.1%}"] if throughput.mfu else []
+    return ", ".join([*words, *time_shares(throughput)])
+
+
+def time_shares(throughput: Throughput) -> list[str]:
+    "The phases on which most of the time was spent, the greatest first."
+    greatest = sorted(throughput.phases.items(), key=lambda phase: -phase[1])
+    shares = {name: seconds / throughput.seconds for name, seconds in greatest if seconds}
+    return [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]

@@ -88,12 +88,16 @@ def _begin_wandb(record: RunRecord, arguments: dict[str, Any]) -> Any:
     return run
 
 # %% ../../nbs/tracking/09_wandb.ipynb #bfed2b30
+SPEED = {"samples_per_second", "tokens_per_second", "mfu"}  # of a record's throughput
+
+
 def _end_wandb(run: Any, record: RunRecord) -> None:
 
     try:
         checkpoint = record.best_checkpoint or record.last_checkpoint
         run.config.update({"checkpoint": checkpoint and str((record.folder / checkpoint).resolve())}, allow_val_change=True)
-        run.summary.update(record.metrics | {f"best/{name}": value for name, value in record.best_metrics.items()})
+        speed = record.throughput.model_dump(include=SPEED, exclude_none=True) if record.throughput else {}
+        run.summary.update(speed | record.metrics | {f"best/{name}": value for name, value in record.best_metrics.items()})
         run.log_artifact(_artifact_of(record))
         level = "INFO" if record.status == "finished" else "ERROR"
         run.alert(title=f"{record.mode} {record.status}", text=str(record), level=level)

@@ -26,6 +26,7 @@ from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
 from ..callbacks.start_from import StartFrom
+from ..callbacks.throughput import MeasureThroughput
 from ..callbacks.torch_compile import TorchCompile
 from ..checkpoint.exact_resume import ExactResume
 from ..checkpoint.model_checkpoint import AtomicCheckpoint
@@ -35,6 +36,7 @@ from ..data import average_integers_exactly
 from ..settings.objects import build_objects
 from ..strategy import build_strategy
 from ..tracking.metrics import MetricsLogger
+from ..tracking.record import RunRecord
 from ..tracking.wandb import wandb_logger
 from .plan import RunPlan
 
@@ -63,8 +65,9 @@ def build_trainer(
     "A Trainer for the settings. Raises `ValueError` where this process cannot run them."
     config, record = plan.config, plan.record
     settings, folder = config.resolved, record.folder
-    recorder = RunRecorder(record, config)
-    callbacks: list[Callback] = [CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
+    given = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
+    recorder, own = RunRecorder(record, config), [*given, *more]
+    callbacks: list[Callback] = [_measuring(own, record), CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
     callbacks.append(LearningRateMonitor("step"))
     callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
     if config.monitor:
@@ -88,8 +91,7 @@ def build_trainer(
     }
     if checkpoints:
         callbacks += [*checkpoint_callbacks(config, folder, record.sources), StopTogether(), *_resuming(plan)]
-    own = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
-    callbacks += [*own, *more, *_starting(plan)]
+    callbacks += [*(callback for callback in own if callback is not callbacks[0]), *_starting(plan)]
     check_callbacks(config, callbacks)
     return make_trainer(config, folder, callbacks, **arguments)
 
@@ -100,6 +102,13 @@ def _resuming(plan: RunPlan) -> list[Callback]:
     if start is None:
         return [ContinueFrom(None), CheckLengths(None)]
     return [ContinueFrom(start.path, weights_only=not start.own), CheckLengths(start.manifest)]
+
+
+def _measuring(own: list[Callback], record: RunRecord) -> MeasureThroughput:
+    "What measures the training's speed, for its record: the user's, who may have FLOPs counted, or a plain one."
+    measure = next((callback for callback in own if isinstance(callback, MeasureThroughput)), MeasureThroughput())
+    measure.record = record
+    return measure
 
 
 def _starting(plan: RunPlan) -> list[Callback]:

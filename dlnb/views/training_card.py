@@ -20,7 +20,7 @@ import psutil
 
 from ..system.progress import PROGRESS, ProgressWatch
 from ..tracking.curves import plot_metrics, read_metrics
-from ..tracking.record import RunRecord
+from ..tracking.record import RunRecord, time_shares
 from .view import View, Watch, as_html, as_text, fault, picture, picture_html, png, show, table_html
 
 # %% ../../nbs/views/01_training_card.ipynb #36637a3d
@@ -113,18 +113,35 @@ def _progress_rows(record: RunRecord, last: TimedStep, speed: float) -> list[tup
     rows = [("epoch", _of(record.epoch, record.settings.get("max_epochs"))), ("step", _of(last.step, total))]
     if not math.isnan(speed):
         per_sample = [f"{as_text(speed * samples)} samples/s"] if isinstance(samples, (int, float)) else []
+        if per_sample and record.throughput and record.throughput.tokens:
+            per_sample.append(f"{as_text(speed * samples * record.throughput.tokens / record.throughput.samples)} tokens/s")
         rows.append(("speed", ", ".join([f"{as_text(speed)} steps/s", *per_sample])))
         if record.state == "running" and isinstance(total, (int, float)) and last.step < total < math.inf:
             rows.append(("ends in", duration((total - last.step) / speed)))
     return rows
 
+# %% ../../nbs/views/01_training_card.ipynb #f0f3fc03
+def _measured_rows(record: RunRecord) -> list[tuple[str, str]]:
+    found = record.throughput
+    if found is None:
+        return []
+    peaks = found.ranks.get("device_memory") or found.ranks.get("host_memory") or []
+    rows = {
+        "time": ", ".join(time_shares(found)),
+        "MFU": f"{found.mfu:.1%}" if found.mfu else "",
+        "slowest rank": "" if found.slowest_rank is None else str(found.slowest_rank),
+        "peak memory": ", ".join(f"rank {rank} {size:.2f} GB" for rank, size in enumerate(peaks)),
+    }
+    return [(name, text) for name, text in rows.items() if text]
 
+# %% ../../nbs/views/01_training_card.ipynb #ccb69386
 def card_rows(record: RunRecord, last: TimedStep, speed: float, memory: dict[int, float]) -> list[tuple[str, Any]]:
     "What a training is at, a row each."
     rows: list[tuple[str, Any]] = [("status", f"{record.state}: {record.error}" if record.error else record.state)]
     rows += _progress_rows(record, last, speed)
     if memory:
         rows.append(("memory", ", ".join(f"rank {rank} {size:.2f} GB" for rank, size in memory.items())))
+    rows += _measured_rows(record)
     rows += [(name, as_text(value) or "nan") for name, value in sorted(record.metrics.items())]
     if record.best_checkpoint:
         score = f" ({record.settings.get('monitor')} {as_text(record.best_score)})" if record.best_score is not None else ""
