@@ -105,19 +105,10 @@ def test_an_interrupt_reaches_ranks_that_wait_for_each_other_and_leaves_them_ali
     assert shown.error == "" and group.run("ranks['total.item()']").value == "[2.0, 2.0]"
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "%%ranks 0\ndistributed.barrier()",
-        "%%ranks\ndistributed.recv(torch.ones(1), 1 - rank)",
-    ],
-    ids=["for an idle rank", "for each other"],
-)
-def test_an_interrupt_reaches_ranks_that_wait_in_a_collective_that_never_ends(group, cell):
+def test_an_interrupt_reaches_a_rank_that_waits_for_one_which_does_nothing(group):
     began = time.monotonic()
-    shown = group.run(cell.replace("\n", "\nprint('begun', flush=True)\n", 1), interrupt_after="begun")
+    shown = group.run("%%ranks 0\nprint('begun', flush=True)\ndistributed.barrier()", interrupt_after="begun")
     assert shown.error and time.monotonic() - began < 20
-    assert group.run("ranks['rank']").value == "[0, 1]"
     meet = "if not distributed.is_initialized():\n    distributed.init_process_group('gloo')"
     assert group.run(f"%%ranks\n{meet}\ntotal = torch.ones(1)\ndistributed.all_reduce(total)").error == ""
     assert group.run("ranks['total.item()']").value == "[2.0, 2.0]"

@@ -9,13 +9,9 @@ __all__ = []
 import builtins
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 from typing import Any
-
-import psutil
 
 from ..launch.rank_record import Rank
 from .comms import receive_comm
@@ -23,36 +19,19 @@ from .place import Place, close_connections, leave_process_group
 from .shell import session_shell
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
-BLOCKED = 1.0  # seconds after which a rank that has not handled an interrupt counts as blocked in a collective
-
-
 class Channel:
     "The way to the kernel, and how it interrupts."
 
     def __init__(self, connection: Any):
         self.connection = connection
-        self.is_busy = self.is_sending = self.is_interrupted = self.is_handled = False
+        self.is_busy = self.is_sending = self.is_interrupted = False
 
     def handle_signals(self) -> None:
         for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.interrupt)
-        arrived, self.wakeup = socket.socketpair()
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self.free_blocked, args=(arrived,), daemon=True).start()
-
-    def free_blocked(self, arrived: socket.socket) -> None:
-        "Close the connections with the other ranks where a signal arrives and Python does not come to handle it."
-        while numbers := arrived.recv(64):
-            time.sleep(BLOCKED)
-            is_ours = any(signal.getsignal(number) == self.interrupt for number in numbers)  # a training has handlers of its own
-            if is_ours and self.is_busy and not self.is_handled:
-                siblings = psutil.Process(os.getppid()).children()
-                close_connections(process.pid for process in siblings if process.pid != os.getpid())
 
     def interrupt(self, number: int, frame: Any) -> None:
         "The signals' handler."
-        self.is_handled = True
         if self.is_sending:
             self.is_interrupted = True
         elif self.is_busy:
@@ -69,7 +48,7 @@ class Channel:
             raise KeyboardInterrupt
 
     def receive(self) -> tuple:
-        self.is_interrupted = self.is_handled = False
+        self.is_interrupted = False
         return self.connection.recv()
 
     def ask(self, prompt: object = "") -> str:

@@ -23,10 +23,11 @@ from ..launch.rank_record import Rank
 from .output import Output
 from .place import Resources
 from .processes import Died, RankProcesses
-from .serve import BLOCKED, dumped, serve
+from .serve import dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769
+BLOCKED = 1.0  # seconds after which a rank that has not answered to an interrupt counts as waiting in a collective
 RESCUE = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
@@ -153,7 +154,6 @@ class WatchedExchange(Exchange):
     "Ends when the ranks cannot answer any more."
 
     keeps_variables = True  # so that a rank which comes back late is worth waiting for
-    was_blocked = False  # no rank has come to handle an interrupt
 
     def look(self) -> None:
         "See to ranks that wait for another one, or make no progress."
@@ -162,11 +162,10 @@ class WatchedExchange(Exchange):
         elif self.answers.waiting and self.answers.since_failure > RESCUE:
             self.rescue()
         elif not self.answers.values and time.monotonic() - self.interrupted_at > BLOCKED:
-            self.was_blocked = True  # these ranks close their connections themselves
-            self.leave(set(range(len(self.processes.processes))) - self.answers.waiting)  # they may wait for one that is idle
+            self.leave(set(range(len(self.processes.processes))) - self.answers.waiting)  # what they wait for may be one that is idle
 
     def finish(self) -> None:
-        if self.answers.left or self.was_blocked:  # the others have a process group without them
+        if self.answers.left:  # the others have a process group without them
             self.leave(set(self.answers.values))
 
     def rescue(self) -> None:
