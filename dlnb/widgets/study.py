@@ -6,6 +6,7 @@
 __all__ = ['Study', 'Studies']
 
 # %% ../../nbs/widgets/02_study.ipynb #a368136c
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ..search.space import check_drawable
 from ..search.trial_queue import best_trial
 from ..settings.text import read_text
 from ..system.display import is_batch
+from ..system.workflows import find_workflow
 from ..tracking.catalogue import runs
 from ..tracking.record import RunRecord
 from dlnb.views.view import (
@@ -143,18 +145,31 @@ class _Enqueue:
             self.result.value = as_html(enqueued_note(self.study.search, number), 400)
 
 # %% ../../nbs/widgets/02_study.ipynb #afe7152f
+def relative(path: Path) -> str:
+    "A path as one would type it here: relative where it is below the working directory."
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def root_of(search: ReopenedSearch) -> Path:
+    "The root that has the search's folder. A recorded one may be relative to the directory in which the search was started."
+    folder = search.folder.absolute()
+    is_usual = folder.parents[1].name == "tune"  # root/task/tune/strategy/name
+    return folder.parents[3] if is_usual else Path(search.settings.get("root", "runs"))
+
+
 def training_settings(search: ReopenedSearch) -> dict[str, Any]:
     "The settings of the trials that are not the defaults, and the best parameters. Raises `ValueError` where there are none."
     if search.best_params is None:
         raise ValueError("No trial is complete yet, so there are no best parameters.")
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     settings = {name: value for name, value in search.settings.items() if name in defaults and value != defaults[name]}
-    return settings | {"best_params": str(search.best_params)}
+    settings["root"] = relative(root_of(search))
+    return {name: value for name, value in settings.items() if value != defaults[name]} | {"best_params": str(search.best_params)}
 
 
 def training_command(search: ReopenedSearch) -> str:
     "To train with the best parameters, in a shell."
-    return papermill_command("nbs/workflows/train.ipynb", training_settings(search))
+    return papermill_command(str(find_workflow("train")), training_settings(search))
 
 # %% ../../nbs/widgets/02_study.ipynb #bc3705b0
 class _Training:
