@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from ..errors import unknown
 from ..launch.background import Job, jobs, start_job
 from ..launch.command import papermill_command
+from ..system.served import check_served
 from ..system.workflows import own_notebooks
 from ..tracking.curves import plot_metrics
 from ..views.view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
@@ -254,7 +255,8 @@ class Launcher(_LauncherJobs):
     """A notebook's parameters as a form; its run, live, stopped and resumed.
 
     Where no front end shows it, it leaves the parameters, the command, and the job with its curves.
-    Raises `ValueError` for a notebook that cannot be read, and for a parameter that it does not have.
+    Raises `ValueError` for a notebook that cannot be read, and for a parameter that it does not have;
+    `PermissionError` where Voila serves it without a token.
     """
 
     def __init__(
@@ -264,6 +266,7 @@ class Launcher(_LauncherJobs):
         within: Collection[str | Path] = (),  # folders whose notebooks the page may open too
         **values,  # of parameters, to begin with
     ):
+        check_served()
         self.root, self.started, found = root, {}, notebooks_below(Path())
         self.places = [Path.cwd(), own_notebooks() / "workflows", *map(Path, within), *([Path(notebook)] if notebook else [])]
         path, wide = str(notebook) if notebook else next(iter(found), ""), widgets.Layout(width=WIDTH)

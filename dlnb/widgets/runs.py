@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from ..errors import unknown
+from ..system.served import check_served
 from ..tracking.comparison import compare, plot_runs, prune
 from ..tracking.curves import read_metrics
 from ..tracking.record import RunRecord
@@ -249,7 +250,8 @@ class Runs(_RunsView):
     """The runs below a folder, to find, compare and tidy.
 
     Where no front end shows it, it leaves the first page, the curves of the ticked runs and their differences.
-    Raises `ValueError` for a column that no run has, and for a folder that is no run below the root.
+    Raises `ValueError` for a column that no run has, and for a folder that is no run below the root;
+    `PermissionError` where Voila serves it without a token.
     """
 
     def __init__(
@@ -259,6 +261,7 @@ class Runs(_RunsView):
         columns: Collection[str] = (),  # none for those that a reader wants first
         ticked: Collection[str | Path] = (),  # folders of runs
     ):
+        check_served()
         self.curves, self.differences, self.notebooks = _Curves(), widgets.HTML(), widgets.Output()
         self.table = RunTable(root, self.show_ticked, where, list(columns))
         folder = self.table.runs.root

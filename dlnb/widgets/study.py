@@ -24,6 +24,7 @@ from ..search.space import check_drawable
 from ..search.trial_queue import best_trial
 from ..settings.text import read_text
 from ..system.display import is_batch
+from ..system.served import check_served
 from ..system.workflows import find_workflow
 from ..tracking.catalogue import runs
 from ..tracking.record import RunRecord
@@ -234,7 +235,8 @@ class _StudyView(View):
 class Study(_StudyView):
     """A search while it runs, or afterwards.
 
-    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's.
+    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's,
+    and `PermissionError` where Voila serves it without a token.
     """
 
     def __init__(
@@ -243,6 +245,7 @@ class Study(_StudyView):
         storage: str | None = None,  # the URL of the database that the search was given
         every: float = 3.0,  # seconds between two looks at a search that runs
     ):
+        check_served()
         self.search = reopen(folder, storage)
         self.summary, self.rows = widgets.HTML(), widgets.HTML(layout=widgets.Layout(overflow="auto"))
         self.page = widgets.BoundedIntText(value=1, min=1, max=1, description="page", layout=widgets.Layout(width="140px"))
