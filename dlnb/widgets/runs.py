@@ -270,6 +270,6 @@ class Runs(_RunsView):
         parts = {"Curves": self.curves.panel, "Differences": self.differences, "Notebooks": self.notebooks, "Test, delete": actions}
         self.panel = widgets.VBox([self.table.panel, widgets.Tab(list(parts.values()), titles=list(parts))])
         check_columns(columns, self.table.runs)
-        self.table.runs.ticked = [find_run(run, self.table.runs) for run in ticked]
+        self.table.runs.ticked = [find_run(confined(run, root), self.table.runs) for run in ticked]
         self.table.show()
         self.show_ticked()
