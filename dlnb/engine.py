@@ -9,7 +9,7 @@ __all__ = ['DlnbEngine', 'launch']
 import copy
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -29,6 +29,16 @@ from .system.display import CellText, shows_displays
 
 # %% ../nbs/09_engine.ipynb #c651baec
 AUTOSAVE = 2.0  # seconds between two writings of the output notebook, at most
+
+# %% ../nbs/09_engine.ipynb #view0001
+def name_of(input_path: Any) -> str:  # of a notebook that papermill was given as a path, or as a node
+    return Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb"
+
+
+def progress_view(input_path: Any) -> Callable[[Any], None]:
+    "Shows how far a notebook is, as one text in the cell that runs it."
+    text, name = CellText(), name_of(input_path)
+    return lambda node: text.show(f"{name} · {describe(node)}")
 
 # %% ../nbs/09_engine.ipynb #3acc2232
 class DlnbEngine:
@@ -59,7 +69,7 @@ class DlnbEngine:
         autosave_cell_every=30,
         start_timeout=60,
         execution_timeout=None,
-        view=None,  # a function that is called with the notebook while it runs
+        view=None,  # a function that is called with the notebook while it runs; None: in a kernel, its progress is shown in the cell
         **kwargs,
     ):
         "Run a notebook, which holds its parameters already, and return it executed. A failure stands in the notebook."
@@ -68,6 +78,8 @@ class DlnbEngine:
         check_parameters(nb, nb.metadata.papermill.get("parameters") or ())
         if output_path and not is_first():
             papermill_io.register(str(output_path), NoIOHandler())  # one process writes it
+        if view is None and shows_displays():
+            view, progress_bar = progress_view(input_path), False
         every = min(autosave_cell_every, AUTOSAVE)
         manager_options = dict(progress_bar=progress_bar, log_output=log_output, autosave_cell_every=every, view=view)
         client_options = dict(log_output=log_output, timeout=execution_timeout, startup_timeout=start_timeout, **kwargs)
@@ -86,7 +98,7 @@ def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, cl
     "Run the notebook once; where a training has crashed, and can go on, what happened to it."
     text = nbformat.writes(nb)
     with job_folder(text) as folder, meeting(folder, meeting_place(output_path)) as reporter:
-        (folder / "name").write_text(Path(input_path).name if isinstance(input_path, str) else "notebook.ipynb", encoding="utf-8")
+        (folder / "name").write_text(name_of(input_path), encoding="utf-8")
         if rank := external_rank():
             run_external_rank(folder, rank, text, reporter)
             return None
@@ -156,13 +168,11 @@ def _keep_in_run(nb, folder: Path) -> None:
 
 # %% ../nbs/09_engine.ipynb #08e04f5c
 def _execute(notebook: str | Path, output: str | Path | None, parameters: Mapping[str, Any]) -> Launched:
-    "Run a notebook and wait for it; in a kernel its progress is shown in the cell."
+    "Run a notebook and wait for it."
     import papermill
 
-    text, name = CellText(), Path(notebook).name
-    view = (lambda node: text.show(f"{name} · {describe(node)}")) if shows_displays() else None
     executed = papermill.execute_notebook(
-        str(notebook), str(output) if output else None, dict(parameters), engine_name="dlnb", progress_bar=False, view=view
+        str(notebook), str(output) if output else None, dict(parameters), engine_name="dlnb", progress_bar=False
     )
     run = executed.metadata.get("dlnb", {}).get("run")
     return Launched(executed, Path(run) if run else None)

@@ -18,13 +18,7 @@ from pathlib import Path
 from pprint import pformat
 from tempfile import TemporaryDirectory
 
-import dlnb
-
-# %% ../nbs/12_new.ipynb #new00007
-def _notebooks() -> Path:
-    "The folder of dlnb's notebooks: within the package in a wheel, beside it in a checkout."
-    package = Path(dlnb.__file__).parent
-    return next(folder for folder in (package / "nbs", package.parent / "nbs") if (folder / "workflows").is_dir())
+from .system.workflows import own_notebooks
 
 # %% ../nbs/12_new.ipynb #new00009
 _NAME = "my_project"  # of the template's package, which occurs in its files as well
@@ -33,7 +27,7 @@ _TEMPLATE = (".gitignore", "README.md", "settings.ini", "setup.py", "nbs/*.ipynb
 
 def _template() -> dict[str, str]:
     "The text of each file of the template."
-    folder = _notebooks() / "_template"
+    folder = own_notebooks() / "_template"
     paths = sorted(path for pattern in _TEMPLATE for path in folder.glob(pattern))
     return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
@@ -86,7 +80,7 @@ def _workflow(
     name: str,  # train, tune or infer
 ) -> str:
     "The text of a project's workflow notebook."
-    notebook = json.loads((_notebooks() / "workflows" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((own_notebooks() / "workflows" / f"{name}.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         source = "".join(cell["source"]).replace("nbs/workflows/", "nbs/")
         if "parameters" in cell["metadata"].get("tags", []):

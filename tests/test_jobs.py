@@ -74,6 +74,19 @@ def test_a_job_is_left_by_the_stop_button_outlives_its_kernel_and_is_found_again
     assert notebook.cells[-1].outputs[0].text == "done 100\n" and run is None
 
 
+def test_papermill_with_the_engine_shows_what_launch_shows(kernel, place):
+    write_notebook(place / "count.ipynb", "n = 1", COUNT)
+    console, shown = kernel(), {}
+    for name, call in {
+        "launch": "from dlnb.engine import launch\nlaunch('count.ipynb', n=3);",
+        "papermill": "import papermill\npapermill.execute_notebook('count.ipynb', None, {'n': 3}, engine_name='dlnb');",
+    }.items():
+        texts = [content.get("data", {}).get("text/plain", "") for _, content in console.messages(console.start(call))]
+        shown[name] = [text for text in texts if text]
+    for texts in shown.values():
+        assert texts and all(text.startswith("count.ipynb · ") for text in texts), shown
+
+
 def test_launch_shows_its_progress_in_the_cell_and_ends_with_it(kernel, place):
     write_notebook(place / "count.ipynb", "n = 1", COUNT)
     console, interrupted, error, displays = kernel(), False, "", set()

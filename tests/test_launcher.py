@@ -1,11 +1,15 @@
 """The launcher: a form of any notebook's parameters, driven as a person would, in a real kernel; and what is left of it without a front end."""
 
 import json
+import shutil
 import time
+from contextlib import chdir
+from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import TRAIN, write_notebook
+from conftest import REPOSITORY, TRAIN, write_notebook
+from IPython.core.interactiveshell import InteractiveShell
 from ipywidgets import HTML
 from kernels import Kernel
 
@@ -98,6 +102,43 @@ def test_a_file_that_is_no_notebook_with_parameters_is_told(place):
         assert launcher.run.disabled and launcher.notebook.message.value and launcher.form is None, name
     launcher.notebook.control.value = "in.ipynb"
     assert not launcher.run.disabled and launcher.notebook.message.value == ""
+
+
+def test_a_page_opens_no_notebook_of_another_folder(place):
+    folder, other = place / "project", place / "other"
+    folder.mkdir()
+    for path in (folder / "in.ipynb", other / "out.ipynb"):
+        path.parent.mkdir(exist_ok=True)
+        write_notebook(path, "n = 1")
+    (folder / "link.ipynb").symlink_to(other / "out.ipynb")
+    with chdir(folder):
+        launcher, wider = Launcher(), Launcher(within=[other])
+        for name in ("../other/out.ipynb", str(other / "out.ipynb"), "link.ipynb"):
+            launcher.notebook.control.value = wider.notebook.control.value = name
+            assert launcher.run.disabled and "is outside of" in launcher.notebook.message.value, name
+            launcher.run.click()
+            assert not wider.run.disabled, name
+        launcher.notebook.control.value = str(TRAIN)
+        assert not launcher.run.disabled and jobs() == []
+
+
+def test_the_dashboard_lists_what_it_has_launched(place):
+    "Its working directory is its own folder, and the runs are beside that."
+    shutil.copytree(TRAIN.parent, place / "nbs" / "workflows")
+    cells = [cell.source for cell in nbformat.read(REPOSITORY / "nbs" / "dashboard.ipynb", 4).cells if cell.cell_type == "code"]
+    shell = InteractiveShell()
+    with chdir(place / "nbs"):
+        _, launcher, *_ = [shell.run_cell(cell).result for cell in cells]
+        assert launcher.notebook.control.value == "workflows/train.ipynb" and launcher.form.given == {"root": "../runs"}
+        launcher.form.set(accelerator="cpu", devices=1, max_epochs=1)
+        launcher.run.click()
+        job = launcher.job.job
+        assert job.wait(timeout=300) == "finished", job.describe()
+        _, launcher, runs, _ = [shell.run_cell(cell).result for cell in cells]
+        assert [*launcher.known] == [job.id]
+        assert [Path(parts[""]["run"]).resolve() for parts in runs.table.runs.parts] == [job.run]
+    assert job.folder.resolve().parent == place / "runs" / ".jobs" and job.run.is_relative_to(place / "runs")
+    assert not (place / "nbs" / "runs").exists()
 
 
 def test_a_job_is_launched_watched_stopped_and_resumed_in_a_kernel(place):

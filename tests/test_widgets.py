@@ -23,7 +23,7 @@ from dlnb.tracking.environment import now
 from dlnb.tracking.record import RunRecord
 from dlnb.views.training_card import TrainingCard
 from dlnb.widgets.runs import Runs
-from dlnb.widgets.study import Studies, Study
+from dlnb.widgets.study import Studies, Study, training_settings
 
 TASK = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", model_args={"width": 8}, data_args={"num_workers": 0})
 TASK |= dict(accelerator="cpu", devices=1, batch_size=64, trainer_args={"enable_progress_bar": False})
@@ -359,6 +359,28 @@ def test_the_best_parameters_become_a_command(search):
     (plan.folder / "best_params.json").unlink()
     view.again.click()
     assert view.training.button.disabled and "no best parameters" in view.training.command.value
+
+
+def test_train_here_uses_the_root_of_the_search_from_any_directory(tmp_path, monkeypatch):
+    "The search was started beside the root, which it has recorded as `runs`; the page is in nbs."
+    monkeypatch.chdir(tmp_path)
+    plan = plan_search(RunConfig(**TASK), StudyConfig(search_space={"lr": {"low": 1e-4, "high": 1e-1}}, n_trials=1))
+    queue = open_study(plan)
+    optuna.load_study(study_name=plan.name, storage=queue.storage).optimize(lambda trial: draw(plan.space, trial)["lr"], n_trials=1)
+    write_best(plan, queue.all())
+    record = RunRecord(folder=plan.folder, mode="tune", status="finished", started=now(), settings=plan.config.model_dump())
+    record.resolved = {"study": plan.name, "n_trials": 1}
+    record.write()
+    workflow = tmp_path / "nbs" / "workflows" / "train.ipynb"
+    workflow.parent.mkdir(parents=True)
+    workflow.touch()
+    assert "papermill nbs/workflows/train.ipynb out.ipynb" in Study(plan.folder).training.command.value
+    assert "root" not in Study(plan.folder).training.command.value
+    monkeypatch.chdir(tmp_path / "nbs")
+    view = Studies("../runs").study
+    assert "papermill workflows/train.ipynb out.ipynb" in view.training.command.value
+    settings = training_settings(view.search)
+    assert Path(settings["root"]).resolve() == tmp_path / "runs" and Path(settings["best_params"]).is_file()
 
 
 def test_a_study_of_hostile_names_is_text(tmp_path):

@@ -291,6 +291,7 @@ def start_job(
     notebook: str | Path,
     output: str | Path | None,  # None: into the job's folder
     parameters: Mapping[str, Any],
+    root: str | Path | None = None,  # of the runs, below which the job is kept; None: as the parameters say
 ) -> Job:
     "Start a notebook in a process of its own. Raises `ParameterError` before, for what it cannot be given."
     from papermill.iorw import load_notebook_node
@@ -300,7 +301,7 @@ def start_job(
     arguments = papermill_arguments(parameters)
     if output is not None and not (parent := Path(output).parent).is_dir():
         raise ParameterError(f"output={str(output)!r}: there is no folder {str(parent)!r}.")
-    folder = _new_folder(_root(node, parameters) / JOBS, path.stem)
+    folder = _new_folder((_root(node, parameters) if root is None else Path(root).expanduser()) / JOBS, path.stem)
     record = JobRecord(str(notebook), str(output or folder / path.name), arguments, os.getcwd())
     write_json(folder / "job.json", asdict(record))
     job = Job(folder.absolute())

@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/launch/00_environment.ipynb #9a3cf6cb
 import os
 
+from ..system.display import is_voila
+
 # %% ../../nbs/launch/00_environment.ipynb #69e6d05e
 def external_rank() -> int | None:
     "This process's rank where a launcher (torchrun, srun) has started all the ranks; None where nobody has."
@@ -30,4 +32,6 @@ def job_environment() -> dict[str, str]:
     if external_rank() is None and "LOCAL_RANK" in environment:
         for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
             environment.pop(name, None)
+    if is_voila():
+        del environment["SERVER_SOFTWARE"]  # a job is no page
     return environment

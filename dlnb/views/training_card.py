@@ -140,7 +140,7 @@ def card_rows(record: RunRecord, last: TimedStep, speed: float, memory: dict[int
     rows: list[tuple[str, Any]] = [("status", f"{record.state}: {record.error}" if record.error else record.state)]
     rows += _progress_rows(record, last, speed)
     if memory:
-        rows.append(("memory", ", ".join(f"rank {rank} {size:.2f} GB" for rank, size in memory.items())))
+        rows.append(("host memory", ", ".join(f"rank {rank} {size:.2f} GB" for rank, size in memory.items())))
     rows += _measured_rows(record)
     rows += [(name, as_text(value) or "nan") for name, value in sorted(record.metrics.items())]
     if record.best_checkpoint:

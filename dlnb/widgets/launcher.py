@@ -7,15 +7,18 @@ __all__ = ['Launcher']
 
 # %% ../../nbs/widgets/04_launcher.ipynb #9aadc463
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 
-from ..engine import launch
-from ..launch.background import Job, jobs
+from ..errors import unknown
+from ..launch.background import Job, jobs, start_job
 from ..launch.command import papermill_command
+from ..system.served import check_served
+from ..system.workflows import own_notebooks
 from ..tracking.curves import plot_metrics
 from ..views.view import Field, Html, View, Watch, as_html, picture, picture_html, png, show, table_html
 from .form import NAME, WIDTH, Form, text_of
@@ -135,13 +138,28 @@ FOUND = 50  # notebooks that are offered
 def notebooks_below(
     folder: Path,
 ) -> list[str]:
-    "Notebooks to choose from, workflows first; those of runs and in hidden folders are left out."
+    "Notebooks to choose from, workflows first, of them train; those of runs and in hidden folders are left out."
     found: list[Path] = []
     for path in sorted(folder.glob("*.ipynb")) + sorted(folder.glob("[!._]*/*.ipynb")) + sorted(folder.glob("[!._]*/[!._]*/*.ipynb")):
         with suppress(OSError, UnicodeDecodeError):
             if len(found) < FOUND and '"parameters"' in path.read_text(encoding="utf-8"):
                 found.append(path)
-    return [str(path.relative_to(folder)) for path in sorted(found, key=lambda path: path.parent.name != "workflows")]
+    found.sort(key=lambda path: (path.parent.name != "workflows", path.name != "train.ipynb"))
+    return [str(path.relative_to(folder)) for path in found]
+
+# %% ../../nbs/widgets/04_launcher.ipynb #conf0002
+NOTE = '<span style="opacity:.7">Notebooks of the working directory, of the folders in it, and dlnb\'s own workflows.</span>'
+
+
+def check_place(
+    path: str,
+    places: Collection[Path],  # folders, and single notebooks
+) -> None:
+    "Raise `ValueError` for a notebook that the page may not open; a link is followed."
+    if not any(Path(path).resolve().is_relative_to(place.resolve()) for place in places):
+        raise ValueError(
+            f"notebook={path!r} is outside of {', '.join(map(str, places))}. The code of the page opens more: Launcher(within=[FOLDER])."
+        )
 
 
 def read_form(
@@ -163,7 +181,8 @@ class _Launcher(View):
     "A notebook, its form, and the jobs."
 
     form: Form | None = None
-    root: str | Path
+    root: str | Path | None  # of the runs
+    places: list[Path]  # whose notebooks may be opened
     started: dict[str, Job]
     notebook: Field
     message: Field
@@ -171,6 +190,7 @@ class _Launcher(View):
     command: widgets.HTML
     run: widgets.Button
     jobs: widgets.Dropdown
+    job: WatchedView
 
     def changed(self) -> None:
         "Show the command for what is entered; allow to run it where nothing is wrong."
@@ -186,63 +206,83 @@ class _Launcher(View):
         self.form, self.place.children = None, ()
         with self.notebook.checked():
             if path := self.notebook.control.value:
+                check_place(path, self.places)
                 self.form = read_form(path, lambda: self.changed())
                 self.place.children = (self.form.panel,)
+                if self.root is not None and "root" in self.form.fields:
+                    self.form.set(root=str(self.root))
         self.changed()
+
+# %% ../../nbs/widgets/04_launcher.ipynb #jobs0001
+class _LauncherJobs(_Launcher):
+    "Starts jobs, and lists them."
 
     def start(self) -> None:
         "Run the notebook in the background, and show it. A page may send a click on a button that is disabled by now."
         if self.run.disabled:
             return
         with self.message.checked():
-            job = launch(self.notebook.control.value, None, self.form.given, wait=False)
+            job = start_job(self.notebook.control.value, None, self.form.given, self.root)
             self.started[job.id] = job
             self.list_jobs(job.id)
 
     def list_jobs(self, chosen: str | None = None) -> None:
         "Read the jobs from the disk again."
-        known = {job.id: job for job in jobs(self.root)} | self.started
+        known = {job.id: job for job in jobs(self.root or "runs")} | self.started
         self.known = dict(sorted(known.items(), reverse=True))
         self.jobs.options = [("", None), *((name, name) for name in self.known)]
         self.jobs.value = chosen
 
-# %% ../../nbs/widgets/04_launcher.ipynb #c1face7e
-class Launcher(_Launcher):
-    """A notebook's parameters as a form; its run, live, stopped and resumed.
-
-    Where no front end shows it, it leaves the parameters, the command, and the job with its curves.
-    """
-
-    def __init__(
-        self,
-        notebook: str | Path | None = None,  # to begin with; None for the first one with parameters in the working directory or below
-        root: str | Path = "runs",  # of the runs; jobs that were started there before are listed
-        **values,  # of parameters, to begin with
-    ):
-        self.root, self.started = root, {}
-        found = notebooks_below(Path())
-        wide = widgets.Layout(width=WIDTH)
-        path = str(notebook) if notebook else next(iter(found), "")
-        self.notebook = Field(
-            widgets.Combobox(value=path, options=found, description="notebook", continuous_update=False, style=NAME, layout=wide)
-        )
-        self.place, self.command, self.message = widgets.VBox(), widgets.HTML(), Field(widgets.HTML())
-        self.run = widgets.Button(description="Run", icon="rocket", button_style="primary")
-        self.jobs, self.job = widgets.Dropdown(description="job", layout=wide), WatchedView()
-        self.job.ended = self.keep
-        self.watch = self.job.watch
-        actions = widgets.HBox([self.run, self.jobs])
-        self.panel = widgets.VBox([self.notebook.panel, self.place, self.command, self.message.panel, actions, self.job.panel])
-        self.notebook.control.observe(lambda change: self.open(), "value")
-        self.run.on_click(lambda button: self.start())
-        self.jobs.observe(lambda change: self.job.show(self.known.get(self.jobs.value)), "value")
+    def begin(self, notebook: str | Path | None, values: Mapping[str, Any]) -> None:
+        "Open the first notebook and enter the values. What the code says is checked here, what the page says at its field."
+        if notebook:
+            read_form(str(notebook), lambda: None)
         self.open()
-        if values:
-            self.form.set(**values)
-        self.list_jobs()
+        fields = self.form.fields if self.form else {}
+        for name, value in values.items():
+            if name not in fields:
+                raise ValueError(unknown("parameter", name, fields))
+            fields[name].set(value)
 
     def static(self) -> str:
         if self.form is None:
             return self.notebook.message.value or str(as_html("Launcher: no notebook is chosen."))
         rows = [(name, text_of(self.form.values.get(name)), field.parameter.help) for name, field in self.form.fields.items()]
         return "".join([table_html(["parameter", "value", ""], rows, headed=True), self.command.value, self.job.static()])
+
+# %% ../../nbs/widgets/04_launcher.ipynb #c1face7e
+class Launcher(_LauncherJobs):
+    """A notebook's parameters as a form; its run, live, stopped and resumed.
+
+    Where no front end shows it, it leaves the parameters, the command, and the job with its curves.
+    Raises `ValueError` for a notebook that cannot be read, and for a parameter that it does not have;
+    `PermissionError` where Voila serves it without a token.
+    """
+
+    def __init__(
+        self,
+        notebook: str | Path | None = None,  # to begin with; None for the first one with parameters in the working directory or below
+        root: str | Path | None = None,  # of the runs and the jobs, to which the form's `root` is set; None: as the notebook says
+        within: Collection[str | Path] = (),  # folders whose notebooks the page may open too
+        **values,  # of parameters, to begin with
+    ):
+        check_served()
+        self.root, self.started, found = root, {}, notebooks_below(Path())
+        self.places = [Path.cwd(), own_notebooks() / "workflows", *map(Path, within), *([Path(notebook)] if notebook else [])]
+        path, wide = str(notebook) if notebook else next(iter(found), ""), widgets.Layout(width=WIDTH)
+        if notebook and not Path(notebook).exists():
+            raise ValueError(unknown("notebook", path, found))
+        self.notebook = Field(
+            widgets.Combobox(value=path, options=found, description="notebook", continuous_update=False, style=NAME, layout=wide)
+        )
+        self.place, self.command, self.message = widgets.VBox(), widgets.HTML(), Field(widgets.HTML())
+        self.run = widgets.Button(description="Run", icon="rocket", button_style="primary")
+        self.jobs, self.job = widgets.Dropdown(description="job", layout=wide), WatchedView()
+        self.job.ended, self.watch = self.keep, self.job.watch
+        actions, note = widgets.HBox([self.run, self.jobs]), widgets.HTML(NOTE)
+        self.panel = widgets.VBox([self.notebook.panel, note, self.place, self.command, self.message.panel, actions, self.job.panel])
+        self.notebook.control.observe(lambda change: self.open(), "value")
+        self.run.on_click(lambda button: self.start())
+        self.jobs.observe(lambda change: self.job.show(self.known.get(self.jobs.value)), "value")
+        self.begin(notebook, values)
+        self.list_jobs()

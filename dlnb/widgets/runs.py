@@ -8,11 +8,14 @@ __all__ = ['Runs']
 # %% ../../nbs/widgets/01_runs.ipynb #0e70a0a3
 import warnings
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
+from ..errors import unknown
+from ..system.served import check_served
 from ..tracking.comparison import compare, plot_runs, prune
 from ..tracking.curves import read_metrics
 from ..tracking.record import RunRecord
@@ -227,11 +230,28 @@ class _RunsView(View):
             parts += [picture_html(self.curves.picture.value, text), self.differences.value]
         return "<br>".join(part for part in parts if part)
 
+# %% ../../nbs/widgets/01_runs.ipynb #chk00002
+def check_columns(columns: Collection[str], runs: RunList) -> None:
+    "Raise `ValueError` for a column that none of the runs has."
+    for name in columns if runs.parts else ():  # without a run nobody knows what is logged
+        if name not in runs.table.columns:
+            raise ValueError(unknown("columns", name, runs.table.columns))
+
+
+def find_run(folder: str | Path, runs: RunList) -> str:
+    "A run as the list names it. Raises `ValueError` for a folder that is none of them."
+    known = {Path(parts[""]["run"]).resolve(): parts[""]["run"] for parts in runs.parts}
+    if (run := known.get(Path(folder).resolve())) is None:
+        raise ValueError(unknown("ticked", str(folder), get_close_matches(str(folder), known.values(), n=10, cutoff=0)))
+    return run
+
 # %% ../../nbs/widgets/01_runs.ipynb #2604e770
 class Runs(_RunsView):
     """The runs below a folder, to find, compare and tidy.
 
     Where no front end shows it, it leaves the first page, the curves of the ticked runs and their differences.
+    Raises `ValueError` for a column that no run has, and for a folder that is no run below the root;
+    `PermissionError` where Voila serves it without a token.
     """
 
     def __init__(
@@ -241,6 +261,7 @@ class Runs(_RunsView):
         columns: Collection[str] = (),  # none for those that a reader wants first
         ticked: Collection[str | Path] = (),  # folders of runs
     ):
+        check_served()
         self.curves, self.differences, self.notebooks = _Curves(), widgets.HTML(), widgets.Output()
         self.table = RunTable(root, self.show_ticked, where, list(columns))
         folder = self.table.runs.root
@@ -248,6 +269,7 @@ class Runs(_RunsView):
         actions = widgets.HBox([self.test.panel, self.deletion.panel], layout=widgets.Layout(flex_flow="row wrap"))
         parts = {"Curves": self.curves.panel, "Differences": self.differences, "Notebooks": self.notebooks, "Test, delete": actions}
         self.panel = widgets.VBox([self.table.panel, widgets.Tab(list(parts.values()), titles=list(parts))])
-        self.table.runs.ticked = [str(confined(run, root)) for run in ticked]
+        check_columns(columns, self.table.runs)
+        self.table.runs.ticked = [find_run(confined(run, root), self.table.runs) for run in ticked]
         self.table.show()
         self.show_ticked()

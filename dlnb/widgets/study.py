@@ -6,6 +6,7 @@
 __all__ = ['Study', 'Studies']
 
 # %% ../../nbs/widgets/02_study.ipynb #a368136c
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,8 @@ from ..search.space import check_drawable
 from ..search.trial_queue import best_trial
 from ..settings.text import read_text
 from ..system.display import is_batch
+from ..system.served import check_served
+from ..system.workflows import find_workflow
 from ..tracking.catalogue import runs
 from ..tracking.record import RunRecord
 from dlnb.views.view import (
@@ -143,18 +146,31 @@ class _Enqueue:
             self.result.value = as_html(enqueued_note(self.study.search, number), 400)
 
 # %% ../../nbs/widgets/02_study.ipynb #afe7152f
+def relative(path: Path) -> str:
+    "A path as one would type it here: relative where it is below the working directory."
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def root_of(search: ReopenedSearch) -> Path:
+    "The root that has the search's folder. A recorded one may be relative to the directory in which the search was started."
+    folder = search.folder.absolute()
+    is_usual = folder.parents[1].name == "tune"  # root/task/tune/strategy/name
+    return folder.parents[3] if is_usual else Path(search.settings.get("root", "runs"))
+
+
 def training_settings(search: ReopenedSearch) -> dict[str, Any]:
     "The settings of the trials that are not the defaults, and the best parameters. Raises `ValueError` where there are none."
     if search.best_params is None:
         raise ValueError("No trial is complete yet, so there are no best parameters.")
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     settings = {name: value for name, value in search.settings.items() if name in defaults and value != defaults[name]}
-    return settings | {"best_params": str(search.best_params)}
+    settings["root"] = relative(root_of(search))
+    return {name: value for name, value in settings.items() if value != defaults[name]} | {"best_params": str(search.best_params)}
 
 
 def training_command(search: ReopenedSearch) -> str:
     "To train with the best parameters, in a shell."
-    return papermill_command("nbs/workflows/train.ipynb", training_settings(search))
+    return papermill_command(str(find_workflow("train")), training_settings(search))
 
 # %% ../../nbs/widgets/02_study.ipynb #bc3705b0
 class _Training:
@@ -219,7 +235,8 @@ class _StudyView(View):
 class Study(_StudyView):
     """A search while it runs, or afterwards.
 
-    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's.
+    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's,
+    and `PermissionError` where Voila serves it without a token.
     """
 
     def __init__(
@@ -228,6 +245,7 @@ class Study(_StudyView):
         storage: str | None = None,  # the URL of the database that the search was given
         every: float = 3.0,  # seconds between two looks at a search that runs
     ):
+        check_served()
         self.search = reopen(folder, storage)
         self.summary, self.rows = widgets.HTML(), widgets.HTML(layout=widgets.Layout(overflow="auto"))
         self.page = widgets.BoundedIntText(value=1, min=1, max=1, description="page", layout=widgets.Layout(width="140px"))
