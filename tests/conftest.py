@@ -19,9 +19,12 @@ import pytest
 from warm import descendants, is_running, warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HELPERS = REPOSITORY / "tests"  # what the tests of several folders use
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # Inherited by every process that a test starts. Two ranks on two cores: more threads only get in each other's way.
 os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+# A test file may be the source of a model, and ranks that import it import what it imports.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
 ALL = os.environ.get("SOAK") == "all"  # every campaign at its full length, which takes some hours; else what CI has time for
 TRAIN = REPOSITORY / "nbs" / "workflows" / "train.ipynb"
 INFER = TRAIN.with_name("infer.ipynb")

@@ -59,6 +59,12 @@ def imports(path: Path) -> set[str]:
     return {name.removeprefix("dlnb.") for name in found if name.startswith("dlnb.")} & {name_of(other) for other in MODULES}
 
 
+def test_the_tests_of_a_package_are_in_the_folder_of_its_name():
+    folders = {path.parent.name for path in (REPOSITORY / "tests").glob("*/test_*.py")}
+    packages = {path.parent.name for path in (REPOSITORY / "dlnb").glob("*/__init__.py")}
+    assert folders - {"adoption"} <= packages  # whole projects of others
+
+
 def test_there_is_something_to_check():
     assert len(CHAPTERS) >= 60 and len(MODULES) == len(CHAPTERS) and len(WORKFLOWS) >= 1
     assert sum(bool(imports(module)) for module in MODULES) > 40

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import HELPERS
 from wandb_files import wandb_runs
 
 from dlnb.config import RunConfig
@@ -236,7 +237,7 @@ def test_the_run_that_a_notebook_has_of_its_own_is_left_alone(tmp_path):
 
 
 def test_a_crashed_training_goes_on_as_the_same_run_of_wandb_with_rising_steps(tmp_path, monkeypatch):
-    traced = Path(__file__).with_name("traced.py")
+    traced = HELPERS / "traced.py"
     settings = TASK | dict(model=f"{traced}:TracedNet", data=f"{traced}:TracedDigits", max_epochs=3, save_every_n_steps=7)
     config = RunConfig(**settings, wandb="offline", log_every_n_steps=2, root=str(tmp_path / "runs"))
     monkeypatch.setenv("TRACE", str(tmp_path))

@@ -16,7 +16,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
-from conftest import ALL, REPOSITORY, TRAIN, Papermill
+from conftest import ALL, HELPERS, REPOSITORY, TRAIN, Papermill
 from wandb_files import wandb_runs
 from warm import descendants, warm_python
 
@@ -30,7 +30,7 @@ from dlnb.search.trial_ranks import Outcome
 from dlnb.track import RunRecord, runs
 from dlnb.tuner import tune
 
-TUNED = Path(__file__).with_name("tuned.py")
+TUNED = HELPERS / "tuned.py"
 TUNE = TRAIN.with_name("tune.ipynb")
 SETTINGS = dict(model=f"{TUNED}:TunedNet", data="dlnb.examples:Digits", data_args={"num_workers": 0}, accelerator="cpu")
 SETTINGS |= dict(devices=2, batch_size=64, max_epochs=3, lr=2e-3)

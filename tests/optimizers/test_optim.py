@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_strategy import records_of_both_ranks, run
+from processes import records_of_both_ranks, run
 from torch import nn
 from warm import warm_python
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ALL
-from test_strategy import run
+from processes import run
 from warm import warm_python
 
 ZERO = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]

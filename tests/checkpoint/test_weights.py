@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL, TRAIN
+from conftest import ALL, HELPERS, TRAIN
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("peft")
@@ -24,7 +24,7 @@ from dlnb.infer import evaluate
 from dlnb.trainer import fit
 
 pytestmark = pytest.mark.timeout(400)
-HERE = Path(__file__).with_name("finetuned.py")
+HERE = HELPERS / "finetuned.py"
 TWO = {"ddp": dict(strategy="ddp", devices=2), "zero_3": dict(strategy="deepspeed_stage_3", devices=2)}
 TWO["zero_2"] = dict(strategy="deepspeed_stage_2", devices=2)
 LONG = pytest.mark.soak

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ALL, TRAIN
+from conftest import ALL, HELPERS, TRAIN
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from dlnb.config import RunConfig
 
 pytestmark = pytest.mark.timeout(600)
-FINETUNED = Path(__file__).with_name("finetuned.py")
+FINETUNED = HELPERS / "finetuned.py"
 SHARED = dict(
     model=f"{FINETUNED}:Causal",
     data=f"{FINETUNED}:Tokens",

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN
+from conftest import HELPERS, TRAIN
 
 pytestmark = pytest.mark.timeout(400)
 GPT = dict(
     model="dlnb.examples:ByteGPT", model_args={"num_layers": 3, "embed_dim": 32, "num_heads": 2, "context_length": 32, "dropout": 0.1}
 )
 GPT |= dict(data="dlnb.examples:PythonSource", data_args={"context_length": 32})
-HUGGING_FACE = dict(model=f"{Path(__file__).with_name('finetuned.py')}:Causal", data=f"{Path(__file__).with_name('finetuned.py')}:Tokens")
+HUGGING_FACE = dict(model=f"{HELPERS / 'finetuned.py'}:Causal", data=f"{HELPERS / 'finetuned.py'}:Tokens")
 SHARED = dict(accelerator="cpu", devices=2, max_steps=4, batch_size=4, optimizer="AdamW", monitor=None)
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
@@ -119,7 +120,7 @@ def start(python: str, folder: Path, *arguments) -> subprocess.Popen:
     "SCRIPT in processes of its own, which Lightning starts as it does for any script."
     script = folder / "script.py"
     script.write_text(SCRIPT % dict(length=LENGTH))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         [python, script, *map(str, arguments)],
         env=environment,
@@ -552,7 +553,7 @@ for order in ("ascending", "another"):
 
 @pytest.mark.soak
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,10 @@
 
 import math
 import re
-from pathlib import Path
 
 import pandas
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -217,7 +217,7 @@ def test_a_condition_selects_the_rows_of_which_it_is_true(where):
 
 
 def test_the_package_evaluates_no_text():
-    modules = [path for path in (Path(__file__).parent.parent / "dlnb").rglob("*.py") if path.name != "notebook.py"]
+    modules = [path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.name != "notebook.py"]
     assert len(modules) > 20  # a notebook's code is imported, as a file's is
     for module in modules:
         assert not re.search(r"(?<![\w.])eval\(|\.query\(|pandas\.eval|numexpr|(?<![\w.])exec\(", module.read_text()), module.name

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from warm import warm_python
@@ -130,7 +131,7 @@ def run_ranks(folder: Path, strategy: str, devices: int) -> list[dict]:
     "Run SCRIPT as Lightning runs any script on many ranks; the record of each rank."
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
         [warm_python(), script, strategy, str(devices), folder],
         env=environment,
