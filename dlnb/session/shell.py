@@ -42,9 +42,6 @@ def display_classes(
         def write_format_data(self, format_dict, md_dict=None) -> None:
             publish(format_dict, md_dict)
 
-        def finish_displayhook(self) -> None:
-            self._is_active = False
-
     return {"display_pub_class": Publisher, "displayhook_class": Hook}
 
 # %% ../../nbs/session/03_shell.ipynb #9a573b8d

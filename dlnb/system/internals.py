@@ -92,7 +92,6 @@ OTHERS = (
         "tell how long a rank waits for communication",
     ),
     _internal("IPython.core.interactiveshell:InteractiveShell", "_showtraceback", "launch.shell", "record the error that a cell shows"),
-    _internal("IPython.core.displayhook:DisplayHook", "_is_active", "session.shell", "end the display of a rank's value"),
     _internal("torch.nn.modules.batchnorm", "_NormBase", "optimizers.groups", "exempt normalization from weight decay"),
     _internal(
         "torch.distributed.checkpoint.state_dict_loader",

@@ -261,7 +261,7 @@ def test_what_others_have_written_is_text(tmp_path):
         (record.folder / "metrics.csv").write_text(f'step,"{HOSTILE.replace(chr(34), chr(34) * 2)}"\n0,1\n1,2\n')
     (root / f"broken{name}").mkdir()
     (root / f"broken{name}" / "run.json").write_text(HOSTILE)
-    runs = Runs(root, columns=["status", "tags", "error", "name", HOSTILE])
+    runs = Runs(root, columns=["status", "tags", "name", HOSTILE])
     for box in runs.table.page.boxes[:2]:
         box.value = True
     runs.deletion.button.click()
