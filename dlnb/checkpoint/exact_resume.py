@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from torch.utils.data import DistributedSampler
@@ -110,6 +111,17 @@ class RankStates:
             last_metrics(trainer).update(self.saved[0]["metrics"]["callback_metrics"])
         self.saved = None
 
+# %% ../../nbs/checkpoint/12_exact_resume.ipynb #03c01dd7
+def resume_averaging(trainer: Trainer) -> None:
+    "Set up the stochastic weight averaging that had begun in the epoch that is resumed, or before."
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            groups = trainer.optimizers[0].param_groups
+            rates = [group["lr"] for group in groups]
+            callback.on_train_epoch_start(trainer, trainer.lightning_module)
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #41a5dd23
 def resume_position(
     trainer: Trainer,
@@ -137,6 +149,7 @@ def resume_position(
     iter(data_fetcher(trainer))  # Lightning has begun an epoch already, to count its batches
     if not skipping:
         read_and_drop(data_fetcher(trainer), batches)
+    resume_averaging(trainer)
     # An epoch that is resumed ends as any other: while the loops count as restarting, Lightning passes over its schedulers' step.
     for loop in (epoch_loop, fit_loop):
         call_once_after(epoch_loop, "on_run_start", lambda *_, loop=loop: loop.on_iteration_done())

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.timeout(400)
 LIGHTNINGS = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+STOCHASTIC = {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.01, "swa_epoch_start": 1}}
 EMA = {"class_path": "dlnb.callbacks.averaging:WeightAveraging", "init_args": {"decay": 0.9}}
 
 
@@ -80,7 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("average", [EMA, LIGHTNINGS], ids=["dlnb's", "Lightning's"])
+@pytest.mark.parametrize("average", [EMA, LIGHTNINGS, STOCHASTIC], ids=["dlnb's", "Lightning's", "stochastic"])
 def test_an_average_and_a_logger_of_ones_own_go_on_after_a_kill_to_the_same_bytes(tmp_path, average):
     (script := tmp_path / "killed.py").write_text(KILLED)
     settings = dict(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", data_args={"num_workers": 0}, callbacks=[average])
