@@ -36,12 +36,39 @@ def _bound_names(statement: ast.stmt) -> set[str]:
     symbols = symtable.symtable(ast.unparse(statement), "source", "exec").get_symbols()
     return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
 
+# %% ../../nbs/settings/00_definitions.ipynb #b7d257b6
+_CHANGING = set(
+    "add append clear difference_update discard extend insert intersection_update pop popitem remove reverse setdefault sort update".split()
+)
 
+
+def _steps(statement: ast.stmt) -> Iterator[ast.AST]:
+    "A statement and those in it, but for the bodies of functions and classes, which are executed at another time or elsewhere."
+    yield statement
+    if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        for child in ast.iter_child_nodes(statement):
+            yield from _steps(child) if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) else ()  # type: ignore[arg-type]
+
+
+def _changed(step: ast.AST) -> list[ast.expr | None]:
+    "What a single step changes: `x += 1`, `x.a = 1`, `x[0] = 1`, `x.append(1)`, `x.mul_(2)`, `setattr(x, 'a', 1)`."
+    if isinstance(step, (ast.Assign, ast.Delete)):
+        return [*step.targets]
+    if isinstance(step, (ast.AnnAssign, ast.AugAssign)):
+        return [step.target]
+    call = step.value if isinstance(step, ast.Expr) else None
+    if not isinstance(call, ast.Call):
+        return []
+    function = call.func
+    if isinstance(function, ast.Attribute) and (function.attr in _CHANGING or function.attr.endswith("_") and function.attr[-2:] != "__"):
+        return [function.value]
+    return call.args[:1] if isinstance(function, ast.Name) and function.id == "setattr" else []
+
+# %% ../../nbs/settings/00_definitions.ipynb #bb7fb0ee
 def _partly_assigned(statement: ast.stmt) -> set[str]:
-    "The names whose values a statement changes in part: `x += 1`, `x.a = 1`, `x[0] = 1`."
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    "The names whose values a statement changes in part."
     names = set()
-    for target in targets if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete)) else ():
+    for target in (target for step in _steps(statement) for target in _changed(step)):
         while isinstance(target, (ast.Attribute, ast.Subscript)):
             target = target.value
         names |= {target.id} if isinstance(target, ast.Name) else set()
@@ -50,6 +77,9 @@ def _partly_assigned(statement: ast.stmt) -> set[str]:
 # %% ../../nbs/settings/00_definitions.ipynb #e3201fee
 def is_import(statement: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
     return isinstance(statement, (ast.Import, ast.ImportFrom))
+
+
+_COMPOUND = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Try)
 
 
 def definitions(
@@ -62,7 +92,8 @@ def definitions(
             found.setdefault("*", []).append(statement)
             continue
         bound = _bound_names(statement)
-        found |= {name: [statement] for name in bound}
+        may_leave = isinstance(statement, _COMPOUND)  # the values as they were
+        found |= {name: [*(found.get(name, []) if may_leave else []), statement] for name in bound}
         for name in _partly_assigned(statement) - bound:
             if name in found and not is_import(found[name][0]):
                 found[name].append(statement)
