@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 
 from .manifest import partial_of
+from .search import find_checkpoint
 from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
@@ -59,10 +60,12 @@ def one_run(path: Path) -> Path:
     if chosen == "best":
         return best(folder)
     table = runs(folder, sort="-started")
-    trained = table[table["mode"] == "train"] if len(table) else table
-    if trained.empty:
-        return path
-    return Path(trained["run"].iloc[0])
+    trained = table[table["mode"] == "train"]["run"] if len(table) else []
+    return Path(next(filter(_has_weights, trained), next(iter(trained), path)))
+
+
+def _has_weights(run: str) -> bool:
+    return find_checkpoint(Path(run) / "checkpoints") is not None or (Path(run) / "model.safetensors").is_file()
 
 
 def _weights_of_run(record: RunRecord) -> Path:

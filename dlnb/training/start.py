@@ -81,6 +81,8 @@ def find_start(
     if found is None and config.origin:
         found = _find_given(config)
         _check_more_to_train(config, found)
+    elif found is not None:
+        _check_not_beyond(record, config, found)
     return found
 
 # %% ../../nbs/training/01_start.ipynb #615f7e87
@@ -106,6 +108,16 @@ def _find_given(config: RunConfig) -> Found:
     return examine(path) if read_manifest(path) else Found(path, None, [])
 
 # %% ../../nbs/training/01_start.ipynb #45719ee4
+def _check_not_beyond(record: RunRecord, config: RunConfig, found: Found) -> None:
+    "The run may be at its end, and not have said so when it was killed; but not further."
+    manifest = found.manifest
+    if manifest and (0 < config.max_epochs < manifest.epoch or 0 < config.max_steps < manifest.step):
+        raise ValueError(
+            f"{record.folder} is at {manifest.place}, and max_epochs={config.max_epochs}, max_steps={config.max_steps} ask for less. Raise "
+            "them, or give resume='never' to train beside it."
+        )
+
+
 def _check_more_to_train(config: RunConfig, found: Found) -> None:
     manifest = found.manifest
     if manifest and (0 < config.max_epochs <= manifest.epoch or 0 < config.max_steps <= manifest.step):
