@@ -18,6 +18,7 @@ from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
 from ..formats.reader import checkpoint_of_run, read_layout
+from ..system.log import log
 from ..tracking.catalogue import runs
 from ..tracking.comparison import best
 from ..tracking.kept_source import with_kept_paths
@@ -100,12 +101,23 @@ def inference_config(
         if part not in given | kept:
             raise ValueError(f"run={str(run)!r} has no run.json to tell its {part}. Give {part}, and {part}_args if it has any.")
     config = RunConfig(**kept | given, resume=str(source.weights))
+    _tell_of_objects(source.record, config, given)
     if config.strategy.startswith(("deepspeed", "fsdp")):
         raise ValueError(
             f"strategy={config.strategy!r} shards a model to train it. Inference loads one file of weights, whatever strategy "
             "trained it: give 'ddp', or 'auto'."
         )
     return config
+
+
+def _tell_of_objects(record: RunRecord | None, config: RunConfig, given: Collection[str]) -> None:
+    "Of an object that was passed to `fit` its arguments are not known."
+    for part in record.given if record else ():
+        if not {part, f"{part}_args"} & {*given}:
+            made = f"{part}={getattr(config, part)!r} with {part}_args={getattr(config, f'{part}_args')}"
+            log.warning(
+                f"fit was given another {part} than {made} makes, which is used now. Where it had other arguments, give {part}_args."
+            )
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #2b7244de
 def few(names: Sequence[str]) -> str:

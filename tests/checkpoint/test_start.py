@@ -3,8 +3,9 @@
 import pytest
 from lightning.pytorch import Callback
 
-from dlnb.checkpoint.weights import one_run
+from dlnb.checkpoint.weights import inference_config, one_run
 from dlnb.config import RunConfig
+from dlnb.examples import DigitsNet
 from dlnb.tracking.record import RunRecord
 from dlnb.trainer import fit
 
@@ -40,3 +41,11 @@ def test_a_finished_run_that_is_asked_for_less_stays_as_it_is(root, finished):
     with pytest.raises(ValueError, match="ask for less. Raise them"):
         fit(RunConfig(**TASK, max_epochs=1, max_steps=-1, root=root))
     assert (finished.folder / "run.json").read_bytes() == before
+
+
+def test_inference_says_that_an_object_is_made_again_from_arguments_that_it_does_not_know(tmp_path, caplog):
+    folder = fit(RunConfig(**TASK, max_steps=1, root=str(tmp_path)), DigitsNet(dropout=0.25)).folder
+    inference_config(folder, model_args={"dropout": 0.25})
+    assert "fit was given another model" not in caplog.text
+    inference_config(folder)
+    assert "fit was given another model than" in caplog.text and "give model_args" in caplog.text
