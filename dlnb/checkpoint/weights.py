@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 
 from .manifest import partial_of
-from .search import find_checkpoint
 from ..config import RunConfig
 from ..errors import unknown
 from ..formats.layout import Layout
@@ -66,7 +65,10 @@ def one_run(path: Path) -> Path:
 
 
 def _has_weights(run: str) -> bool:
-    return find_checkpoint(Path(run) / "checkpoints") is not None or (Path(run) / "model.safetensors").is_file()
+    try:
+        return bool(_weights_of_run(RunRecord.read(Path(run))))
+    except ValueError:  # it has none, which is said where it is asked for
+        return False
 
 
 def _weights_of_run(record: RunRecord) -> Path:
