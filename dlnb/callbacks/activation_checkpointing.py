@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import find_blocks, forward_replaced, outermost
+from .blocks import BlockCallback, find_blocks, forward_replaced, outermost
 
 # %% ../../nbs/callbacks/13_activation_checkpointing.ipynb #7e789310
 def _by_itself(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,20 +44,15 @@ def activations_checkpointed(
         yield
 
 # %% ../../nbs/callbacks/13_activation_checkpointing.ipynb #70a77dc2
-class ActivationCheckpointing(Callback):
+class ActivationCheckpointing(BlockCallback):
     "Compute the activations of a model's blocks again in the backward pass, under any strategy."
 
     def __init__(
         self,
         names: list[str],  # as for `find_blocks`
     ):
-        self.names, self.undo = names, ExitStack()
+        super().__init__()
+        self.names = names
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.undo.enter_context(activations_checkpointed(pl_module, self.names))
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.undo.close()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.undo.close()

@@ -8,8 +8,9 @@ __all__ = ['find_blocks', 'forward_replaced']
 # %% ../../nbs/callbacks/12_blocks.ipynb #9c30518b
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from ..errors import unknown
@@ -65,3 +66,16 @@ def forward_replaced(
         del block.forward
         if own is not None:
             block.forward = own
+
+# %% ../../nbs/callbacks/12_blocks.ipynb #b10cca12
+class BlockCallback(Callback):
+    "What it enters into `undo` is taken back when the training ends."
+
+    def __init__(self) -> None:
+        self.undo = ExitStack()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.undo.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.undo.close()

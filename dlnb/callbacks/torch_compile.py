@@ -6,14 +6,13 @@
 __all__ = ['TorchCompile']
 
 # %% ../../nbs/callbacks/14_torch_compile.ipynb #6c64118d
-from contextlib import ExitStack
 from functools import partial
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from .blocks import find_blocks, forward_replaced
+from .blocks import BlockCallback, find_blocks, forward_replaced
 from ..optimizers.target import zero_stage
 
 # %% ../../nbs/callbacks/14_torch_compile.ipynb #3efb3e22
@@ -25,7 +24,7 @@ def mark_leaves(model: nn.Module, names: list[str]) -> None:
         set_z3_leaf_module(block, True)
 
 # %% ../../nbs/callbacks/14_torch_compile.ipynb #d2834b91
-class TorchCompile(Callback):
+class TorchCompile(BlockCallback):
     "Compile a model's blocks for the training, under any strategy."
 
     def __init__(
@@ -33,7 +32,8 @@ class TorchCompile(Callback):
         names: list[str],  # as for `dlnb.callbacks.blocks.find_blocks`
         backend: str = "inductor",  # of `torch.compile`
     ):
-        self.names, self.undo = names, ExitStack()
+        super().__init__()
+        self.names = names
         self.compile = partial(torch.compile, backend=backend, dynamic=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,9 +43,3 @@ class TorchCompile(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for block in find_blocks(pl_module, self.names, "torch_compile").values():
             self.undo.enter_context(forward_replaced(block, self.compile))
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.undo.close()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.undo.close()
