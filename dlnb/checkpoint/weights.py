@@ -114,8 +114,8 @@ def inference_config(
 
 def _tell_of_objects(record: RunRecord | None, config: RunConfig, given: Collection[str]) -> None:
     "Of an object that was passed to `fit` its arguments are not known."
-    for part in record.given if record else ():
-        if not {part, f"{part}_args"} & {*given}:
+    for part in ("model", "data"):
+        if record and part in record.given and not {part, f"{part}_args"} & {*given}:
             made = f"{part}={getattr(config, part)!r} with {part}_args={getattr(config, f'{part}_args')}"
             log.warning(
                 f"fit was given another {part} than {made} makes, which is used now. Where it had other arguments, give {part}_args."

@@ -71,10 +71,12 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
 def _wait_for_builder(folder: Path, patience: float = 300.0) -> None:
     "Waits for the process that compiles in `folder`; breaks the lock of a killed one, for which torch waits forever."
     lock = folder.resolve() / "lock"
-    if lock.exists():
-        _announce(f"Waiting for a process that compiles in {folder}.")
+    started, told = time.monotonic(), False
     while lock.exists():
         time.sleep(0.2)
+        if not told and time.monotonic() - started > 2.0:  # to load what is compiled takes the lock for a moment, too
+            _announce(f"Waiting for a process that compiles in {folder}.")
+            told = True
         with suppress(FileNotFoundError):  # it may be done by now
             idle = time.time() - max(path.stat().st_mtime for path in (folder, lock))
             is_open = idle <= patience or any(_has_open(process, lock) for process in psutil.process_iter())
