@@ -36,9 +36,9 @@ _REMEDY = "Wait for it, end it, or give resume='never' to train beside it."
 
 def fit(
     config: RunConfig,
-    model: LightningModule | None = None,  # else what the settings describe
-    data: LightningDataModule | None = None,  # likewise
-    callbacks: Sequence[Callback] = (),  # beside those of the settings
+    model: LightningModule | type | None = None,  # an object; a class or None for what the settings describe
+    data: LightningDataModule | type | None = None,  # likewise
+    callbacks: Sequence[Callback] = (),  # beside those of the settings, and no part of the run's identity
 ) -> RunRecord:
     """Train, and return the run's record; its folder then holds checkpoints, metrics and weights.
 
@@ -46,6 +46,7 @@ def fit(
     passed is not what the settings name; and what the training raises, which the record says too.
     """
     config, sources = with_objects(config, model=model, data=data)
+    model, data = (None if isinstance(part, type) else part for part in (model, data))
     config = as_own_run(config)
     record = find_run(config)
     if is_finished(record, config):

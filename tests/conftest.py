@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from warm import descendants, is_running, warm_python
+from warm import descendants, is_running, left_of, warm_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HELPERS = REPOSITORY / "tests"  # what the tests of several folders use
@@ -203,10 +203,7 @@ class Papermill:
 
     def leftover(self, within: float = 15) -> list[str]:
         "The processes that still run `within` seconds from now: the command lines."
-        deadline = time.monotonic() + within
-        while (alive := [process for process in self.family.values() if is_running(process)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return [" ".join(process.cmdline()) for process in alive]
+        return [" ".join(process.cmdline()) for process in left_of(self.family.values(), within)]
 
     def end(self) -> None:
         "Kill what this test has started."

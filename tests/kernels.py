@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import psutil
 from jupyter_client import KernelManager
-from warm import descendants, warm_python
+from warm import descendants, left_of, warm_python
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -114,5 +114,4 @@ class FamilyKernel(Kernel):
         "End the kernel at once, and return what is left of all it has started, so many seconds later."
         self.look()
         self.kill()
-        _, left = psutil.wait_procs(self.family.values(), timeout=within)
-        return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return left_of(self.family.values(), within)

@@ -8,8 +8,10 @@ still memory, files and a process id of its own. Tests that kill a process by it
 """
 
 import array
+import atexit
 import ctypes
 import gc
+import importlib.machinery
 import json
 import os
 import selectors
@@ -20,8 +22,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -31,7 +35,9 @@ import psutil
 # The last two DeepSpeed imports in every rank, and with them all of torch's compiler.
 PRELOADED = ("lightning.pytorch", "torch._dynamo", "deepspeed", "ipykernel.kernelapp", "papermill", "pandas", "pyarrow.parquet",
              "matplotlib.pyplot", "optuna", "torch.utils.tensorboard", "sklearn.datasets", "pydantic",
-             "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer")  # fmt: skip
+             "sqlalchemy.orm", "torch.utils.cpp_extension", "fastcore.test",
+             "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
+             "dlnb.trainer", "dlnb.infer", "dlnb.tuner", "dlnb.engine", "dlnb.examples")  # fmt: skip
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CLIENT = """#!{python} -IS
 import array, json, os, signal, socket, sys
@@ -91,6 +97,14 @@ def processes_left(within: float = 15) -> list[psutil.Process]:
     "The warm processes of this test process that still run, and what they have started, `within` seconds from now."
     deadline = time.monotonic() + within
     while (left := [*filter(is_running, running_children())]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def left_of(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
+    "Those that still run `within` seconds from now."
+    deadline, left = time.monotonic() + within, [*processes]
+    while (left := [*filter(is_running, left)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 
@@ -272,6 +286,14 @@ def reseed() -> None:
         matplotlib.rcParams["backend"] = backend
 
 
+def forget_other_dlnb(executed: str) -> None:
+    "Where this process is to find another copy of dlnb than the server has, it imports that; and what it executes by `-m` is not imported yet."
+    found = importlib.machinery.PathFinder.find_spec("dlnb")
+    is_other = found is not None and found.origin != sys.modules["dlnb"].__file__
+    for name in [name for name in sys.modules if name == executed or is_other and name.partition(".")[0] == "dlnb"]:
+        del sys.modules[name]
+
+
 def run(argv: list[str]) -> None:
     "What `python *argv` runs, in a main module of its own: it must not find names that it has not imported."
     import runpy
@@ -281,6 +303,7 @@ def run(argv: list[str]) -> None:
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     where = {"-m": os.getcwd(), "-c": ""}.get(kind, str(Path(kind).resolve().parent))
     sys.path[0:1] = [where, *filter(None, inherited)]
+    forget_other_dlnb(rest[0] if kind == "-m" else "")
     if kind == "-m":
         sys.argv = ["-m", *rest[1:]]
         runpy._run_module_as_main(rest[0], alter_argv=True)
@@ -290,6 +313,38 @@ def run(argv: list[str]) -> None:
     if kind != "-c":
         main.__file__ = kind
     exec(compile(source, file, "exec"), vars(main))
+
+
+def end(code: int) -> None:
+    """End as Python does, but leave the objects alone: to free those that were imported takes most of a second, since
+    the pages that they are in are shared with the server until they are written to."""
+    threading._shutdown()  # which waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # it may be closed, or none
+            stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def exit_code(argv: list[str]) -> int:
+    "Run it; what its process is to return, or the negative number of the signal that is to end it."
+    try:
+        run(argv)
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return (ended.code or 0) & 0xFF
+        print(ended.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
@@ -303,7 +358,7 @@ if __name__ == "__main__":
     gc.freeze()
     if started := serve(listener):
         become(*started, executable)
-        run(started[0]["argv"])
+        end(exit_code(started[0]["argv"]))
     else:
         Path(executable).unlink()
         shutil.rmtree(Path(address).parent)

@@ -246,17 +246,17 @@ def batch_table(
     batch: Any,  # as predict_step got it
     values: dict[str, Any],  # a value for each column, from `Columns.read`
     dataloader_idx: int | None = None,  # where there are several loaders
-) -> "pa.Table":  # dataloader_idx, sample, and target where there are these, and the columns of `values`
+) -> "pa.Table":  # dataloader_idx, sample, and the batch's target where there are these, and the columns of `values`
     "The rows of one batch. Raises `ValueError` for values that cannot be columns, and for reserved names."
     import pyarrow as pa
 
     loaders = None if dataloader_idx is None else np.full(len(samples), dataloader_idx)
-    columns = zip(KNOWN, (loaders, samples, _target(batch, len(samples))))
-    known = {name: value for name, value in columns if value is not None}
+    target = None if "target" in values else _target(batch, len(samples))
+    known = {name: value for name, value in zip(KNOWN, (loaders, samples, target)) if value is not None}
     for name in values:
         if name in known or not isinstance(name, str):
             raise ValueError(
-                f"predict_step returned a column {name!r}. Choose another name: names are text, and 'dataloader_idx', "
-                "'sample' (the number in the dataset) and 'target' (of the batch) are written by PredictionWriter."
+                f"predict_step returned a column {name!r}. Choose another name: names are text, and 'dataloader_idx' and "
+                "'sample' (the number in the dataset) are written by PredictionWriter."
             )
     return pa.table({name: _array(name, value, len(samples)) for name, value in (known | values).items()})

@@ -79,15 +79,16 @@ KNOWN = ("dataloader_idx", "sample", "target")  # columns that PredictionWriter 
 
 
 def common_schema(one: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
-    "The columns for the rows of both. Raises `TypeError` where there are none."
+    "The columns for the rows of both; those of several loaders may differ. Raises `TypeError` where there are none."
     import pyarrow as pa
 
     known, names = (
         [[name for name in schema.names if (name in KNOWN) == is_known] for schema in (one, other)] for is_known in (True, False)
     )
-    if known[0] != known[1] or all(names) and set(names[0]) != set(names[1]):
+    alike = known[0] == known[1] and not (all(names) and set(names[0]) != set(names[1]))
+    if not alike and "dataloader_idx" not in known[0]:
         raise TypeError(f"{one.names} and {other.names}")
-    columns = [*known[0], *(common_order(*names) if all(names) else names[0] or names[1])]
+    columns = [*(name for name in KNOWN if name in {*known[0], *known[1]}), *(common_order(*names) if all(names) else names[0] or names[1])]
     types = [[schema.field(name).type if name in schema.names else pa.null() for schema in (one, other)] for name in columns]
     return pa.schema([(name, common_type(*pair)) for name, pair in zip(columns, types)])
 

@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -64,10 +65,11 @@ def read_space(
     config: RunConfig,  # the settings that it varies
 ) -> Space:
     "The search space. Raises `ValueError` where a name is no setting, or where a value that can be drawn is impossible for it."
-    if callable(given):
-        return given
     if isinstance(given, str) and re.fullmatch(r"[^{\n][^\n]*:\w+", given):
-        return load_function(given, "search_space")
+        given = load_function(given, "search_space")
+    if callable(given):
+        _try_function(given, config)
+        return given
     given = read_text(given) if isinstance(given, str) else given
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"search_space={given!r} must name a setting or more, or be a function of the trial.")
@@ -88,6 +90,23 @@ def _check_values(name: str, space: Mapping[str, BaseDistribution], config: RunC
             RunConfig(**apply_params(config.model_dump(), with_needed(space, {name: value})))
         except ValueError as error:
             raise ValueError(f"search_space[{name!r}]: {value!r} is impossible. {error}") from None
+
+
+def _try_function(space: Callable[[optuna.Trial], Mapping[str, Any]], config: RunConfig, draws: int = 5) -> None:
+    "Raise `ValueError` where none of some random trials would have possible settings. One drawn at random may have, and another not."
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    errors = []
+    for trial in (study.ask() for _ in range(draws)):
+        with suppress(optuna.TrialPruned):
+            try:
+                params = draw(space, trial)
+                RunConfig(**apply_params(config.model_dump(), params))
+                return
+            except Exception as error:
+                errors.append(error)
+    if errors:
+        raise ValueError(f"search_space={space.__qualname__}: none of {draws} trials is possible. {errors[0]}") from errors[0]
 
 
 def with_needed(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> dict[str, Any]:

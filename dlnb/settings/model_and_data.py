@@ -70,6 +70,13 @@ def own_optimizer(model: Callable) -> bool:
 
     return inspect.isclass(model) and getattr(model, "configure_optimizers", None) is not LightningModule.configure_optimizers
 
+
+def _left_open(name: str, value: Any, default: Any) -> bool:
+    "Whether a setting leaves the choice to the module that takes it."
+    if name == "optimizer":
+        return value == "auto"
+    return name in ("max_epochs", "max_steps") and value == -1 and default not in (inspect.Parameter.empty, -1)
+
 # %% ../../nbs/settings/08_model_and_data.ipynb #faaa843d
 class ClassArguments(ModelAndData):
     @cached_property
@@ -89,10 +96,11 @@ class ClassArguments(ModelAndData):
     @cached_property
     def passed_to_model(self) -> dict[str, Any]:
         "The settings that the model takes as arguments, and that `model_args` does not give."
-        taken = inspect.signature(self.model_class).parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
+        parameters = inspect.signature(self.model_class).parameters
+        taken = parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
         settings: Any = self  # the groups of settings are put together in `RunConfig`
         values = {name: getattr(settings.resolved if name == "strategy" else settings, name) for name in sorted(taken)}
-        return {name: value for name, value in values.items() if (name, value) != ("optimizer", "auto")}
+        return {name: value for name, value in values.items() if not _left_open(name, value, parameters[name].default)}
 
     @cached_property
     def passed_to_data(self) -> dict[str, Any]:

@@ -8,7 +8,9 @@ __all__ = []
 # %% ../../nbs/settings/07_objects.ipynb #3cf1f2df
 import inspect
 import pkgutil
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -17,6 +19,7 @@ from pydantic import BeforeValidator
 from ..errors import unknown
 from .import_path import complete_arguments, load_callable
 from .text import read_text, read_words
+from ..system.log import log
 
 # %% ../../nbs/settings/07_objects.ipynb #39e28bac
 def load_object(
@@ -136,11 +139,24 @@ def build_partial(value: Mapping[str, Any], field: str) -> partial:
     return partial(spec.target, *args, **{name: inner(item, f"{field}.{name}") for name, item in spec.arguments.items()})
 
 
+@contextmanager
+def naming_place(field: str, path: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    "Have the error of a user's own constructor say which object of which setting could not be made."
+    try:
+        yield
+    except Exception as error:
+        log.error(f"{field}={path!r} could not be made with {reprlib.repr(dict(arguments))}: {type(error).__name__}: {error}")
+        raise
+
+
 def build_objects(value: Any, field: str = "arguments") -> Any:
     "Plain data with the objects that it describes in their places, the inner ones built first."
     if is_spec(value):
         made = build_partial(value, field)
-        return made if read_spec(field, value).is_partial else made()
+        if read_spec(field, value).is_partial:
+            return made
+        with naming_place(field, value.get("class_path") or value["_target_"], made.keywords):
+            return made()
     if isinstance(value, Mapping):
         return {name: build_objects(item, f"{field}.{name}") for name, item in value.items()}
     return [build_objects(item, f"{field}.{place}") for place, item in enumerate(value)] if isinstance(value, (list, tuple)) else value

@@ -15,9 +15,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from ..config import RunConfig, short_hash
 from ..data import DataModule
 from ..optim import provide_optimizers
-from ..settings.objects import build_objects
+from ..settings.objects import build_objects, naming_place
 from ..strategy import uncompiled
-from ..system.log import log
 from ..tracking.fingerprint import Fingerprint, is_same_class, remember
 from ..tracking.kept_source import given_source
 from ..tracking.sources import named, source_hashes
@@ -32,24 +31,15 @@ def described(
     names = [part, f"{part}_args", "seed", *config.passed_to("optimizer" if part == "model" else "data")]
     return short_hash({name: config.identity[name] for name in names} | {name: value for name, value in more.items() if value})
 
-# %% ../../nbs/training/00_build.ipynb #73405e96
-@contextmanager
-def told(part: str, path: str) -> Iterator[None]:
-    "Have an error say which class of which setting could not be made."
-    try:
-        yield
-    except Exception as error:
-        log.error(f"{part}={path!r} could not be made with {part}_args: {type(error).__name__}: {error}")
-        raise
-
 # %% ../../nbs/training/00_build.ipynb #7232c30c
 def build_model(config: RunConfig) -> LightningModule:
     "The model that the settings describe, seeded, with an optimizer for the strategy it is going to be trained under."
     from lightning.pytorch import seed_everything
 
     seed_everything(config.seed, workers=True, verbose=False)
-    with told("model", config.model):
-        model = config.model_class(**build_objects(config.model_args, "model_args"), **config.passed_to_model)
+    arguments = build_objects(config.model_args, "model_args") | config.passed_to_model
+    with naming_place("model", config.model, arguments):
+        model = config.model_class(**arguments)
     if not isinstance(model, LightningModule):
         raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is no LightningModule.")
     return remember(provide_optimizers(model, **config.model_dump(include={*config.passed_to("optimizer")})), described(config, "model"))
@@ -66,7 +56,7 @@ def _build_data(config: RunConfig) -> LightningDataModule:
         workers = arguments.pop("num_workers", "auto")
         shared = config.loading_functions | {"batch_size": config.batch_size, "seed": config.seed}
         return DataModule(config.data_class, arguments, num_workers=workers, **shared)
-    with told("data", config.data):
+    with naming_place("data", config.data, arguments):
         data = config.data_class(**arguments)
     if not isinstance(data, LightningDataModule):
         raise ValueError(
@@ -77,7 +67,7 @@ def _build_data(config: RunConfig) -> LightningDataModule:
 # %% ../../nbs/training/00_build.ipynb #2eb233a6
 def with_objects(
     config: RunConfig,
-    **objects: LightningModule | LightningDataModule | None,  # model and data; None for what the settings describe
+    **objects: Any,  # model and data: objects, or classes and None for what the settings describe
 ) -> tuple[RunConfig, dict[str, str]]:  # the settings of a run with these, and the hashes of the sources
     "Make what is passed a part of the run's identity. Raises `ValueError` where it is not of the class that the settings name."
     config = config.with_given({})
@@ -86,11 +76,9 @@ def with_objects(
     for part, value in objects.items():
         if value is None:
             continue
-        if isinstance(value, type):
-            raise ValueError(
-                f"{part}={value.__name__} is a class. Pass an object of it, or its path as the setting {part}, and {part}_args."
-            )
         _check_class(config, part, value)
+        if isinstance(value, type):
+            continue
         fingerprint = Fingerprint(value)
         sources = named(fingerprint.sources) | sources
         if fingerprint.meaning != described(config, part):
@@ -102,7 +90,7 @@ def _check_class(config: RunConfig, part: str, value: Any) -> None:
     wanted = getattr(config, f"{part}_class")
     if not isinstance(wanted, type):
         return
-    found: Any = type(uncompiled(value))
+    found: Any = value if isinstance(value, type) else type(uncompiled(value))
     if part == "data" and not config.has_data_module and isinstance(value, DataModule):
         found = value.dataset_class
     if is_same_class(found, wanted):

@@ -117,9 +117,22 @@ def test_trials_leave_out_what_saves_checkpoints_and_the_search_says_so(tmp_path
     assert "leave out ModelCheckpoint. To have them, set keep_checkpoints=True." in capsys.readouterr().out
 
 
-def test_a_class_in_the_place_of_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match="model=Scored is a class. Pass an object of it"):
-        fit(RunConfig(**SETTINGS, root=str(tmp_path)), Scored)
+def test_a_class_in_the_place_of_a_model_is_the_settings_own(tmp_path):
+    config = RunConfig(**SETTINGS | dict(max_epochs=1), root=str(tmp_path))
+    assert fit(config, Scored).folder == fit(config).folder
+    with pytest.raises(ValueError, match="is not the class of the model that was passed, Silent"):
+        fit(config, Silent)
+
+
+def test_a_function_that_draws_what_the_model_does_not_read_is_refused_before_a_trial(tmp_path):
+    config = RunConfig(**SETTINGS | dict(model=f"{__file__}:Own"), root=str(tmp_path))
+    with pytest.raises(ValueError, match="(?s)search_space=draws_a_rate: none of 5 trials is possible.* would change nothing: Own"):
+        tune(config, StudyConfig(search_space=draws_a_rate))
+    assert not list(tmp_path.iterdir())
+
+
+def draws_a_rate(trial) -> dict:
+    return {"lr": trial.suggest_float("lr", 1e-3, 1e-2)}
 
 
 def test_a_search_over_a_rate_that_a_functions_model_does_not_read_ends_with_that_sentence(tmp_path):

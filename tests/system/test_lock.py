@@ -206,7 +206,7 @@ def test_the_lock_is_the_holders_as_long_as_it_lives(tmp_path, do, holds):
         began = time.monotonic()
         with hold(tmp_path / "run"):
             assert time.monotonic() - began < 2
-        assert holds or [child for child in psutil.process_iter() if str(tmp_path) in " ".join(child.cmdline())]
+        assert holds or [child for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(child.info["cmdline"] or ())]
 
 
 def test_a_moved_run_is_still_its_holders(tmp_path):
