@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/settings/00_definitions.ipynb #42675875
 import ast
 import symtable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeGuard
 
 # %% ../../nbs/settings/00_definitions.ipynb #5dcef071
@@ -35,6 +35,66 @@ def _bound_names(statement: ast.stmt) -> set[str]:
         return set()
     symbols = symtable.symtable(ast.unparse(statement), "source", "exec").get_symbols()
     return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+
+# %% ../../nbs/settings/00_definitions.ipynb #d2d97ede
+def is_import(statement: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
+    return isinstance(statement, (ast.Import, ast.ImportFrom))
+
+
+def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    "A scope and all scopes inside it."
+    yield table
+    for child in table.get_children():
+        yield from _tables(child)
+
+
+def _global_names(statement: ast.stmt) -> set[str]:
+    table = symtable.symtable(ast.unparse(statement), "source", "exec")
+    names = {
+        symbol.get_name()
+        for scope in _tables(table)
+        for symbol in scope.get_symbols()
+        if symbol.is_referenced() and (scope.get_type() == "module" or symbol.is_global())
+    }
+    imports = filter(is_import, ast.walk(statement))
+    return names | {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+
+# %% ../../nbs/settings/00_definitions.ipynb #54562cc5
+def uses(
+    statement: ast.stmt,
+) -> dict[str, set[tuple[str, ...]]]:  # to each global name the chains of attributes that are read from it
+    "The global names that a statement, or a function in it, refers to, and those that it imports itself."
+    found: dict[str, set[tuple[str, ...]]] = {name: set() for name in _global_names(statement)}
+    for node in ast.walk(statement):
+        chain: tuple[str, ...] = ()
+        while isinstance(node, ast.Attribute):
+            chain, node = (node.attr, *chain), node.value
+        if chain and isinstance(node, ast.Name) and node.id in found:
+            found[node.id].add(chain)
+    return found
+
+# %% ../../nbs/settings/00_definitions.ipynb #0f9d2e4a
+def _of_decorators(statement: ast.stmt) -> Iterator[ast.expr]:
+    "What the decorators in a statement are given, and what they are."
+    for step in _steps(statement):
+        if not isinstance(step, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        for decorator in step.decorator_list:
+            yield from [decorator.func, *decorator.args] if isinstance(decorator, ast.Call) else [decorator]
+            if isinstance(decorator, ast.Name) and decorator.id == "patch" and not isinstance(step, ast.ClassDef):
+                yield from (argument.annotation for argument in step.args.args[:1] if argument.annotation)
+
+
+def _registered(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> set[str]:
+    "The names whose values the decorators in a statement change; of a function those that it uses, such as a table."
+    names = set()
+    for name in map(_root, _of_decorators(statement)):
+        defined = found[name][0] if name in found else None
+        if isinstance(defined, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names |= {used for used in uses(defined) if used in found and isinstance(found[used][0], (ast.Assign, ast.AnnAssign))}
+        elif name is not None:
+            names.add(name)
+    return names
 
 # %% ../../nbs/settings/00_definitions.ipynb #b7d257b6
 _CHANGING = set(
@@ -67,18 +127,16 @@ def _changed(step: ast.AST) -> list[ast.expr | None]:
 # %% ../../nbs/settings/00_definitions.ipynb #bb7fb0ee
 def _partly_assigned(statement: ast.stmt) -> set[str]:
     "The names whose values a statement changes in part."
-    names = set()
-    for target in (target for step in _steps(statement) for target in _changed(step)):
-        while isinstance(target, (ast.Attribute, ast.Subscript)):
-            target = target.value
-        names |= {target.id} if isinstance(target, ast.Name) else set()
-    return names
+    return {name for step in _steps(statement) for name in map(_root, _changed(step)) if name is not None}
+
+
+def _root(expression: ast.expr | None) -> str | None:
+    "The name that `x.a[0]` begins with."
+    while isinstance(expression, (ast.Attribute, ast.Subscript)):
+        expression = expression.value
+    return expression.id if isinstance(expression, ast.Name) else None
 
 # %% ../../nbs/settings/00_definitions.ipynb #e3201fee
-def is_import(statement: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
-    return isinstance(statement, (ast.Import, ast.ImportFrom))
-
-
 _COMPOUND = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Try)
 
 
@@ -94,42 +152,9 @@ def definitions(
         bound = _bound_names(statement)
         may_leave = isinstance(statement, _COMPOUND)  # the values as they were
         found |= {name: [*(found.get(name, []) if may_leave else []), statement] for name in bound}
-        for name in _partly_assigned(statement) - bound:
+        for name in (_partly_assigned(statement) | _registered(statement, found)) - bound:
             if name in found and not is_import(found[name][0]):
                 found[name].append(statement)
-    return found
-
-# %% ../../nbs/settings/00_definitions.ipynb #d2d97ede
-def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
-    "A scope and all scopes inside it."
-    yield table
-    for child in table.get_children():
-        yield from _tables(child)
-
-
-def _global_names(statement: ast.stmt) -> set[str]:
-    table = symtable.symtable(ast.unparse(statement), "source", "exec")
-    names = {
-        symbol.get_name()
-        for scope in _tables(table)
-        for symbol in scope.get_symbols()
-        if symbol.is_referenced() and (scope.get_type() == "module" or symbol.is_global())
-    }
-    imports = filter(is_import, ast.walk(statement))
-    return names | {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
-
-# %% ../../nbs/settings/00_definitions.ipynb #54562cc5
-def uses(
-    statement: ast.stmt,
-) -> dict[str, set[tuple[str, ...]]]:  # to each global name the chains of attributes that are read from it
-    "The global names that a statement, or a function in it, refers to, and those that it imports itself."
-    found: dict[str, set[tuple[str, ...]]] = {name: set() for name in _global_names(statement)}
-    for node in ast.walk(statement):
-        chain: tuple[str, ...] = ()
-        while isinstance(node, ast.Attribute):
-            chain, node = (node.attr, *chain), node.value
-        if chain and isinstance(node, ast.Name) and node.id in found:
-            found[node.id].add(chain)
     return found
 
 # %% ../../nbs/settings/00_definitions.ipynb #4dbfb7d3

@@ -7,7 +7,7 @@ from conftest import TRAIN, write_notebook
 from projects import HERE
 
 pytestmark = pytest.mark.timeout(300)
-CELLS = json.loads((HERE / "notebook" / "mine.ipynb").read_text())["cells"][1:6]  # imports, constants, a function, data, model
+CELLS = json.loads((HERE / "notebook" / "mine.ipynb").read_text())["cells"][1:7]  # imports, constants, a function, data, model
 PARAMETERS = "devices = 1\nstrategy = 'auto'\naccelerator = 'cpu'\nmax_epochs = 2\nbatch_size = 8\nroot = 'runs'"
 CONFIG = "from dlnb.config import RunConfig\nconfig = RunConfig.from_namespace(globals() | {'model': Net, 'data': Toy})"
 FIT = "from dlnb.trainer import fit\nrecord = fit(config)\nprint('TRAINED', record.attempts, record.epoch)"
