@@ -151,18 +151,18 @@ class Late:
         self._name, self._stream = name, stream
 
     def __getattr__(self, attribute: str):
-        current = getattr(sys, self._name)
-        return getattr(self._stream if current is self else current, attribute)
+        return getattr(getattr(sys, self._name) if self._stream is None else self._stream, attribute)
 
 
 def preload() -> None:
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    for name, stream in streams.items():
-        setattr(sys, name, Late(name, stream))
+    late = [Late(name, stream) for name, stream in streams.items()]
+    sys.stdout, sys.stderr = late
     for module in PRELOADED:
         __import__(module)
-    for name, stream in streams.items():
-        setattr(sys, name, stream)
+    sys.stdout, sys.stderr = streams.values()
+    for stream in late:  # from now on; what is imported may wrap the stream that it finds
+        stream._stream = None
     import cpuinfo  # DeepSpeed asks twice in every rank, and the answer takes more than a second
 
     facts = cpuinfo.get_cpu_info()
