@@ -111,7 +111,7 @@ def inference_config(
         )
     return config
 
-
+# %% ../../nbs/checkpoint/18_weights.ipynb #1f76f0cf
 def _tell_of_objects(record: RunRecord | None, config: RunConfig, given: Collection[str]) -> None:
     "Of an object that was passed to `fit` its arguments are not known."
     for part in ("model", "data"):

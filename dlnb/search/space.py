@@ -91,7 +91,7 @@ def _check_values(name: str, space: Mapping[str, BaseDistribution], config: RunC
         except ValueError as error:
             raise ValueError(f"search_space[{name!r}]: {value!r} is impossible. {error}") from None
 
-
+# %% ../../nbs/search/00_space.ipynb #2adb7ce4
 def _try_function(space: Callable[[optuna.Trial], Mapping[str, Any]], config: RunConfig, draws: int = 5) -> None:
     "Raise `ValueError` where none of some random trials would have possible settings. One drawn at random may have, and another not."
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -115,7 +115,7 @@ def with_needed(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]
     values = {name: [value for value in _edges(space[name]) if value is not None] for name in needed}
     return {name: found[0] for name, found in values.items() if found} | dict(params)
 
-
+# %% ../../nbs/search/00_space.ipynb #8698991f
 def draw(space: Space, trial: optuna.Trial) -> dict[str, Any]:
     "The trial's parameters."
     if callable(space):

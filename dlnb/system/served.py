@@ -43,7 +43,7 @@ def addresses_of(process: psutil.Process) -> list[str]:
             found.append(f"http://[{ip}]:{port}" if ":" in ip else f"http://{ip}:{port}")
     return found
 
-
+# %% ../../nbs/system/13_served.ipynb #49b261b0
 def is_guarded(
     answers: Iterable[set[int | None]],  # of each address, for each path at which the server may be
 ) -> bool:

@@ -91,7 +91,7 @@ def _fitting(value: Any) -> Any:
         return math.inf if value > 0 else -math.inf
     return value
 
-
+# %% ../../nbs/tracking/07_catalogue.ipynb #032d6a95
 def _own_columns(record: RunRecord, plain: dict[str, Any]) -> dict[str, Any]:
     "The catalogue's own columns; the settings among them are removed from `plain`."
     resolved = {name: value for name, value in record.resolved.items() if name in SHOWN_SETTINGS[2:] and isinstance(value, (str, int))}
