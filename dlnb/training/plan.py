@@ -182,6 +182,16 @@ def _check_read(config: RunConfig, model: LightningModule) -> None:
             )
 
 
+def _check_manual(config: RunConfig, model: LightningModule) -> None:
+    "Raise `UntrainableError` for what Lightning does not do for a module that steps its optimizers itself."
+    for name in ("gradient_clip_val", "accumulate_grad_batches"):
+        if not model.automatic_optimization and not config.is_default(name):
+            raise UntrainableError(
+                f"{name}={getattr(config, name)!r}: {type(model).__name__} steps its optimizers itself (automatic_optimization=False), and "
+                f"clips and accumulates gradients itself, too. Leave {name} out."
+            )
+
+# %% ../../nbs/training/02_plan.ipynb #57b6db1a
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a module without a training step or the named blocks, and for one whose optimizers the strategy cannot step."
     if not is_overridden("training_step", model):
@@ -190,6 +200,7 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
         if (names := getattr(config, setting)) and not is_overridden("configure_model", model):
             find_blocks(model, names, setting)
     _check_sharded(config)
+    _check_manual(config, model)
     if not inspect.isclass(config.model_class) and own_optimizer(type(model)):
         _check_read(config, model)
     if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):

@@ -112,6 +112,7 @@ def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, papermill, project,
         job.look()
     kill(job)
     resumed = train(launch, project, "again", **more)
+    assert record(resumed)["attempts"] == 2, "the kill came too late"
     assert record(resumed)["step"] == record(undisturbed)["step"]
     one, other = (load_file(folder / "model.safetensors") for folder in (undisturbed, resumed))
     assert all((one[name] == other[name]).all() for name in one), "the weights differ from those of an undisturbed training"
