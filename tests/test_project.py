@@ -209,6 +209,12 @@ def test_importing_is_light(module, heavy, tmp_path):
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"
 
 
+def test_the_tests_that_a_notebook_runs_exist():
+    text = (REPOSITORY / "nbs/benchmarks/reliability.ipynb").read_text()
+    named = re.findall(r"[\w/]*test_\w+\.py(?=[:\\\"])", text)
+    assert len(named) > 9 and all((REPOSITORY / "tests" / name.removeprefix("tests/")).is_file() for name in named)
+
+
 def test_the_readme_maps_every_notebook():
     readme = (REPOSITORY / "README.md").read_text()
     chapters = [path for path in CHAPTERS if path.parent.name != "nbs"]

@@ -148,10 +148,11 @@ class Late:
     "A stream that writes to what `sys.stdout` or `sys.stderr` is at that time: loggers keep the stream of their import."
 
     def __init__(self, name: str, stream):
-        self._name, self._stream = name, stream
+        self._name, self._stream, self._loading = name, stream, True
 
     def __getattr__(self, attribute: str):
-        return getattr(getattr(sys, self._name) if self._stream is None else self._stream, attribute)
+        current = self if self._loading else getattr(sys, self._name)  # what is imported may wrap the stream that it finds
+        return getattr(self._stream if current is self else current, attribute)
 
 
 def preload() -> None:
@@ -161,8 +162,8 @@ def preload() -> None:
     for module in PRELOADED:
         __import__(module)
     sys.stdout, sys.stderr = streams.values()
-    for stream in late:  # from now on; what is imported may wrap the stream that it finds
-        stream._stream = None
+    for stream in late:
+        stream._loading = False
     import cpuinfo  # DeepSpeed asks twice in every rank, and the answer takes more than a second
 
     facts = cpuinfo.get_cpu_info()
@@ -290,8 +291,9 @@ def forget_other_dlnb(executed: str) -> None:
     "Where this process is to find another copy of dlnb than the server has, it imports that; and what it executes by `-m` is not imported yet."
     found = importlib.machinery.PathFinder.find_spec("dlnb")
     is_other = found is not None and found.origin != sys.modules["dlnb"].__file__
-    for name in [name for name in sys.modules if name == executed or is_other and name.partition(".")[0] == "dlnb"]:
-        del sys.modules[name]
+    for name, module in [*sys.modules.items()]:
+        if name == executed and not hasattr(module, "__path__") or is_other and name.partition(".")[0] == "dlnb":
+            del sys.modules[name]
 
 
 def run(argv: list[str]) -> None:
@@ -316,10 +318,15 @@ def run(argv: list[str]) -> None:
 
 
 def end(code: int) -> None:
-    """End as Python does, but leave the objects alone: to free those that were imported takes most of a second, since
-    the pages that they are in are shared with the server until they are written to."""
-    threading._shutdown()  # which waits for threads
+    """End as Python does up to its exit handlers, and leave the objects alone: to free those that were imported takes most of a
+    second, since the pages that they are in are shared with the server until they are written to. What goes wrong while objects
+    are freed is for tests that start `sys.executable` itself."""
+    try:
+        threading._shutdown()  # which waits for threads
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
     atexit._run_exitfuncs()
+    ctypes.CDLL(None).fflush(None)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # it may be closed, or none
             stream.flush()

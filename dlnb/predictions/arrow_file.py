@@ -61,11 +61,14 @@ def describe_columns(schema: "pa.Schema") -> str:
 
 def _with_batch(
     returned: "pa.Schema",  # of a batch
-    before: "pa.Schema",  # of those before it
+    before: "pa.Schema | None",  # of those before it, if there were any
+    of_one_loader: bool = True,
 ) -> "pa.Schema":
     "The common schema. Raises `ValueError` where there is none."
+    if before is None:
+        return returned
     try:
-        return common_schema(before, returned)
+        return common_schema(before, returned, of_one_loader)
     except TypeError:
         raise ValueError(
             f"predict_step returned the columns ({describe_columns(returned)}), but in the batches before "
@@ -91,13 +94,16 @@ class ArrowFile:
 
     def __init__(self, path: Path):
         self.path, self.schema = path, None
+        self.of_loaders: dict[int, pa.Schema] = {}
         self.segments: list[Path] = []
         self.file: Any = None
         self.pieces: Any = None
 
     def write(self, table: "pa.Table") -> None:
         "Raises `ValueError` where the columns do not go with those of the tables before."
-        schema = table.schema if self.schema is None else _with_batch(table.schema, self.schema)
+        loader = table["dataloader_idx"][0].as_py() if "dataloader_idx" in table.column_names else 0
+        self.of_loaders[loader] = _with_batch(table.schema, self.of_loaders.get(loader))
+        schema = _with_batch(self.of_loaders[loader], self.schema, of_one_loader=len(self.of_loaders) == 1)
         if schema != self.schema:
             self._open(schema)
         self.pieces.write(cast_table(table, schema))

@@ -259,4 +259,5 @@ def batch_table(
                 f"predict_step returned a column {name!r}. Choose another name: names are text, and 'dataloader_idx' and "
                 "'sample' (the number in the dataset) are written by PredictionWriter."
             )
-    return pa.table({name: _array(name, value, len(samples)) for name, value in (known | values).items()})
+    ordered = {name: values[name] for name in KNOWN if name in values} | values  # as `common_schema` orders them
+    return pa.table({name: _array(name, value, len(samples)) for name, value in (known | ordered).items()})

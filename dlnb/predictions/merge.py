@@ -221,7 +221,7 @@ def _parts(
     first, columns = next(iter(schemas.items()))
     for path, schema in schemas.items():
         try:
-            columns = common_schema(columns, schema)
+            columns = common_schema(columns, schema, of_one_loader="dataloader_idx" not in columns.names)
         except TypeError:
             raise ValueError(
                 f"The ranks' predictions differ in their columns: {first.name} has ({describe_columns(schemas[first])}), {path.name} has "

@@ -64,6 +64,8 @@ def confusion_matrix(
         return None
     counts = np.zeros((classes, classes), np.int64)
     for rows in _read_groups(path, ["target", "prediction"]):
+        if rows["target"].null_count or rows["prediction"].null_count:  # of a loader without targets, or without scores
+            return None
         targets = rows["target"].to_numpy()
         if ((targets < 0) | (targets >= classes)).any():
             return None

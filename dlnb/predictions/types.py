@@ -78,15 +78,19 @@ def _field_type(kind: "pa.DataType", name: str) -> "pa.DataType":
 KNOWN = ("dataloader_idx", "sample", "target")  # columns that PredictionWriter adds, in this order
 
 
-def common_schema(one: "pa.Schema", other: "pa.Schema") -> "pa.Schema":
-    "The columns for the rows of both; those of several loaders may differ. Raises `TypeError` where there are none."
+def common_schema(
+    one: "pa.Schema",
+    other: "pa.Schema",
+    of_one_loader: bool = True,  # else either may have columns that the other lacks
+) -> "pa.Schema":
+    "The columns for the rows of both. Raises `TypeError` where there are none."
     import pyarrow as pa
 
     known, names = (
         [[name for name in schema.names if (name in KNOWN) == is_known] for schema in (one, other)] for is_known in (True, False)
     )
     alike = known[0] == known[1] and not (all(names) and set(names[0]) != set(names[1]))
-    if not alike and "dataloader_idx" not in known[0]:
+    if of_one_loader and not alike:
         raise TypeError(f"{one.names} and {other.names}")
     columns = [*(name for name in KNOWN if name in {*known[0], *known[1]}), *(common_order(*names) if all(names) else names[0] or names[1])]
     types = [[schema.field(name).type if name in schema.names else pa.null() for schema in (one, other)] for name in columns]

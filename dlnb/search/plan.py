@@ -18,7 +18,7 @@ import optuna
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..config import RunConfig, known_folder, short_hash
-from .space import Space, read_space
+from .space import Space, check_drawn_names, read_space
 from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
@@ -99,6 +99,7 @@ def plan_search(config: RunConfig, study: StudyConfig) -> SearchPlan:
     "Decide what a search is. Raises `ValueError` for settings that do not fit."
     config = RunConfig(**config.model_dump() | {"devices": -1 if config.devices == "auto" else config.devices})
     space = read_space(study.search_space, config)
+    check_drawn_names(space, config)
     check_searchable_run(config)
     check_class(config)
     groups = device_groups(config, study.devices_per_trial)

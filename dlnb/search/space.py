@@ -10,7 +10,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -68,7 +67,6 @@ def read_space(
     if isinstance(given, str) and re.fullmatch(r"[^{\n][^\n]*:\w+", given):
         given = load_function(given, "search_space")
     if callable(given):
-        _try_function(given, config)
         return given
     given = read_text(given) if isinstance(given, str) else given
     if not isinstance(given, Mapping) or not given:
@@ -91,29 +89,28 @@ def _check_values(name: str, space: Mapping[str, BaseDistribution], config: RunC
         except ValueError as error:
             raise ValueError(f"search_space[{name!r}]: {value!r} is impossible. {error}") from None
 
-# %% ../../nbs/search/00_space.ipynb #2adb7ce4
-def _try_function(space: Callable[[optuna.Trial], Mapping[str, Any]], config: RunConfig, draws: int = 5) -> None:
-    "Raise `ValueError` where none of some random trials would have possible settings. One drawn at random may have, and another not."
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    errors = []
-    for trial in (study.ask() for _ in range(draws)):
-        with suppress(optuna.TrialPruned):
-            try:
-                params = draw(space, trial)
-                RunConfig(**apply_params(config.model_dump(), params))
-                return
-            except Exception as error:
-                errors.append(error)
-    if errors:
-        raise ValueError(f"search_space={space.__qualname__}: none of {draws} trials is possible. {errors[0]}") from errors[0]
-
 
 def with_needed(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> dict[str, Any]:
     "Parameters, with a value of each setting that they mean nothing without, and that the search draws as well."
     needed = {RunConfig.needs().get(name) for name in params} & space.keys() - params.keys()
     values = {name: [value for value in _edges(space[name]) if value is not None] for name in needed}
     return {name: found[0] for name, found in values.items() if found} | dict(params)
+
+# %% ../../nbs/search/00_space.ipynb #2adb7ce4
+def check_drawn_names(space: Space, config: RunConfig) -> None:
+    "Raise `ValueError` where a function returns what is no setting to search, or what nothing reads."
+    if not callable(space):
+        return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        names = draw(space, optuna.create_study(sampler=optuna.samplers.RandomSampler()).ask())
+    except Exception:  # a trial may fail, and says so
+        return
+    field = f"search_space={getattr(space, '__qualname__', space)}"
+    for name in names:
+        check_searchable(field, name)
+        if name in config.unread:
+            raise ValueError(f"{field}: {name} would change nothing: {config.unread[name]}. Leave it out, or have the class take it.")
 
 # %% ../../nbs/search/00_space.ipynb #8698991f
 def draw(space: Space, trial: optuna.Trial) -> dict[str, Any]:

@@ -9,7 +9,7 @@ __all__ = []
 import ast
 import symtable
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 # %% ../../nbs/settings/00_definitions.ipynb #5dcef071
 def read_statements(
@@ -73,39 +73,20 @@ def uses(
             found[node.id].add(chain)
     return found
 
-# %% ../../nbs/settings/00_definitions.ipynb #0f9d2e4a
-def _of_decorators(statement: ast.stmt) -> Iterator[ast.expr]:
-    "What the decorators in a statement are given, and what they are."
-    for step in _steps(statement):
-        if not isinstance(step, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue
-        for decorator in step.decorator_list:
-            yield from [decorator.func, *decorator.args] if isinstance(decorator, ast.Call) else [decorator]
-            if isinstance(decorator, ast.Name) and decorator.id == "patch" and not isinstance(step, ast.ClassDef):
-                yield from (argument.annotation for argument in step.args.args[:1] if argument.annotation)
-
-
-def _registered(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> set[str]:
-    "The names whose values the decorators in a statement change; of a function those that it uses, such as a table."
-    names = set()
-    for name in map(_root, _of_decorators(statement)):
-        defined = found[name][0] if name in found else None
-        if isinstance(defined, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            names |= {used for used in uses(defined) if used in found and isinstance(found[used][0], (ast.Assign, ast.AnnAssign))}
-        elif name is not None:
-            names.add(name)
-    return names
-
 # %% ../../nbs/settings/00_definitions.ipynb #b7d257b6
 _CHANGING = set(
     "add append clear difference_update discard extend insert intersection_update pop popitem remove reverse setdefault sort update".split()
 )
 
 
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
 def _steps(statement: ast.stmt) -> Iterator[ast.AST]:
     "A statement and those in it, but for the bodies of functions and classes, which are executed at another time or elsewhere."
     yield statement
-    if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if not isinstance(statement, _DEFINITIONS):
         for child in ast.iter_child_nodes(statement):
             yield from _steps(child) if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) else ()  # type: ignore[arg-type]
 
@@ -136,8 +117,48 @@ def _root(expression: ast.expr | None) -> str | None:
         expression = expression.value
     return expression.id if isinstance(expression, ast.Name) else None
 
+# %% ../../nbs/settings/00_definitions.ipynb #0f9d2e4a
+def _function_of(decorator: ast.expr) -> ast.expr:
+    return decorator.func if isinstance(decorator, ast.Call) else decorator
+
+
+def _patched(step: ast.FunctionDef | ast.AsyncFunctionDef, decorator: ast.expr) -> list[ast.expr]:
+    "The classes to which fastcore's `@patch` and `@patch_to` add a function, as expressions."
+    function, arguments = _function_of(decorator), [*step.args.posonlyargs, *step.args.args]
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name == "patch_to" and isinstance(decorator, ast.Call):
+        return [*decorator.args[:1], *(keyword.value for keyword in decorator.keywords if keyword.arg == "cls")]
+    return [argument.annotation for argument in arguments[:1] if argument.annotation] if name == "patch" else []
+
+
+def _changed_inside(function: ast.stmt) -> set[str | None]:
+    "The global names that a call of a function changes in part."
+    roots = {_root(target) for node in ast.walk(function) for target in _changed(node) if not isinstance(target, ast.Name)}
+    calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return (roots | {_root(call) for call in calls if call.attr in _CHANGING}) & uses(function).keys()
+
+# %% ../../nbs/settings/00_definitions.ipynb #f502ba3e
+def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, list[ast.stmt]]) -> set[Any]:
+    "The names that one decorator changes, and perhaps others than names."
+    function = _function_of(decorator)
+    if isinstance(function, ast.Attribute) and ("register" in function.attr or function.attr in _CHANGING):
+        return {_root(function)}
+    defined = found.get(getattr(function, "id", ""), [None])[0]
+    if isinstance(defined, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return _changed_inside(defined)
+    patched = [] if isinstance(step, ast.ClassDef) else _patched(step, decorator)
+    nodes = [node for expression in patched for node in ast.walk(expression)]
+    return {node.value if isinstance(node, ast.Constant) else getattr(node, "id", None) for node in nodes}
+
+
+def _by_decorators(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> set[str]:
+    "The names whose values the decorators in a statement change."
+    steps = [step for step in _steps(statement) if isinstance(step, _DEFINITIONS)]
+    names = {name for step in steps for decorator in step.decorator_list for name in _by_decorator(step, decorator, found)}
+    return {name for name in names if isinstance(name, str)}
+
 # %% ../../nbs/settings/00_definitions.ipynb #e3201fee
-_COMPOUND = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Try)
+_COMPOUND = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Match, ast.Try, getattr(ast, "TryStar", ast.Try))
 
 
 def definitions(
@@ -152,7 +173,7 @@ def definitions(
         bound = _bound_names(statement)
         may_leave = isinstance(statement, _COMPOUND)  # the values as they were
         found |= {name: [*(found.get(name, []) if may_leave else []), statement] for name in bound}
-        for name in (_partly_assigned(statement) | _registered(statement, found)) - bound:
+        for name in (_partly_assigned(statement) | _by_decorators(statement, found)) - bound:
             if name in found and not is_import(found[name][0]):
                 found[name].append(statement)
     return found

@@ -71,11 +71,9 @@ def own_optimizer(model: Callable) -> bool:
     return inspect.isclass(model) and getattr(model, "configure_optimizers", None) is not LightningModule.configure_optimizers
 
 
-def _left_open(name: str, value: Any, default: Any) -> bool:
-    "Whether a setting leaves the choice to the module that takes it."
-    if name == "optimizer":
-        return value == "auto"
-    return name in ("max_epochs", "max_steps") and value == -1 and default not in (inspect.Parameter.empty, -1)
+def _has_own_bound(value: Any, parameter: inspect.Parameter) -> bool:
+    "Whether the run has no bound, -1, and the module that takes it has one by default."
+    return value == -1 and parameter.default not in (inspect.Parameter.empty, -1)
 
 # %% ../../nbs/settings/08_model_and_data.ipynb #faaa843d
 class ClassArguments(ModelAndData):
@@ -94,13 +92,18 @@ class ClassArguments(ModelAndData):
         return inspect.signature(self.data_class).parameters
 
     @cached_property
-    def passed_to_model(self) -> dict[str, Any]:
-        "The settings that the model takes as arguments, and that `model_args` does not give."
-        parameters = inspect.signature(self.model_class).parameters
-        taken = parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
+    def taken_by_model(self) -> dict[str, Any]:
+        "The settings that the model has arguments for, and that `model_args` does not give; without an optimizer that is left to it."
+        taken = inspect.signature(self.model_class).parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
         settings: Any = self  # the groups of settings are put together in `RunConfig`
         values = {name: getattr(settings.resolved if name == "strategy" else settings, name) for name in sorted(taken)}
-        return {name: value for name, value in values.items() if not _left_open(name, value, parameters[name].default)}
+        return {name: value for name, value in values.items() if (name, value) != ("optimizer", "auto")}
+
+    @cached_property
+    def passed_to_model(self) -> dict[str, Any]:
+        "Those of them that the model is given."
+        parameters = inspect.signature(self.model_class).parameters
+        return {name: value for name, value in self.taken_by_model.items() if not _has_own_bound(value, parameters[name])}
 
     @cached_property
     def passed_to_data(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class ClassArguments(ModelAndData):
     def model_arguments(self) -> dict[str, Any]:
         "`model_args`, completed with the defaults of the model. Raises `ValueError` for an unknown or missing one."
         check_objects("model_args", self.model_args)
-        return complete_arguments("model_args", self.model_class, self.model_args, tuple(self.passed_to_model))
+        return complete_arguments("model_args", self.model_class, self.model_args, tuple(self.taken_by_model))
 
     @cached_property
     def data_arguments(self) -> dict[str, Any]:

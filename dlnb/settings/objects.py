@@ -140,12 +140,15 @@ def build_partial(value: Mapping[str, Any], field: str) -> partial:
 
 
 @contextmanager
-def naming_place(field: str, path: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+def naming_place(field: str, path: str, arguments: Mapping[str, Any], *args: Any) -> Iterator[None]:
     "Have the error of a user's own constructor say which object of which setting could not be made."
     try:
         yield
     except Exception as error:
-        log.error(f"{field}={path!r} could not be made with {reprlib.repr(dict(arguments))}: {type(error).__name__}: {error}")
+        given = (
+            ", ".join([*map(reprlib.repr, args), *(f"{name}={reprlib.repr(value)}" for name, value in arguments.items())]) or "no argument"
+        )
+        log.error(f"{field}={path!r} could not be made with {given}: {type(error).__name__}: {error}")
         raise
 
 
@@ -155,7 +158,7 @@ def build_objects(value: Any, field: str = "arguments") -> Any:
         made = build_partial(value, field)
         if read_spec(field, value).is_partial:
             return made
-        with naming_place(field, value.get("class_path") or value["_target_"], made.keywords):
+        with naming_place(field, value.get("_target_") or value["class_path"], made.keywords, *made.args):
             return made()
     if isinstance(value, Mapping):
         return {name: build_objects(item, f"{field}.{name}") for name, item in value.items()}

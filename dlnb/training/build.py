@@ -89,6 +89,10 @@ def with_objects(
 def _check_class(config: RunConfig, part: str, value: Any) -> None:
     wanted = getattr(config, f"{part}_class")
     if not isinstance(wanted, type):
+        if isinstance(value, type):
+            raise ValueError(
+                f"{part}={getattr(config, part)!r} is a function, and {value.__name__} a class. Pass what it has made, or nothing."
+            )
         return
     found: Any = value if isinstance(value, type) else type(uncompiled(value))
     if part == "data" and not config.has_data_module and isinstance(value, DataModule):

@@ -183,12 +183,12 @@ def _check_read(config: RunConfig, model: LightningModule) -> None:
 
 
 def _check_manual(config: RunConfig, model: LightningModule) -> None:
-    "Raise `UntrainableError` for what Lightning does not do for a module that steps its optimizers itself."
+    "Raise `ValueError` for what Lightning does not do for a module that steps its optimizers itself."
     for name in ("gradient_clip_val", "accumulate_grad_batches"):
         if not model.automatic_optimization and not config.is_default(name):
-            raise UntrainableError(
+            raise ValueError(
                 f"{name}={getattr(config, name)!r}: {type(model).__name__} steps its optimizers itself (automatic_optimization=False), and "
-                f"clips and accumulates gradients itself, too. Leave {name} out."
+                f"Lightning does this for automatic optimization alone. Leave {name} out, or do it in training_step."
             )
 
 # %% ../../nbs/training/02_plan.ipynb #57b6db1a

@@ -448,6 +448,29 @@ def test_a_failed_prediction_leaves_nothing_that_counts_and_the_next_one_succeed
     assert pq.read_table(merge_predictions(tmp_path, 10))["prediction"].to_pylist() == list(range(0, 20, 2))
 
 
+class OfTwo(pl.LightningModule):
+    "Its loaders have columns of their own; the target is its own, too. One batch may have a name that is misspelt."
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        self.wrong = wrong
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx:
+            return {"words": [f"w{int(number)}" for number in batch]}
+        return {self.wrong or "score" if batch_idx else "score": batch / 2, "target": batch + 1}
+
+
+def test_loaders_may_have_columns_of_their_own_and_a_loader_always_the_same(tmp_path):
+    loaders = [DataLoader(torch.arange(4), batch_size=2), DataLoader(torch.arange(3))]
+    predict(tmp_path, loaders, OfTwo())
+    rows = pq.read_table(merge_predictions(tmp_path, [4, 3])).to_pydict()
+    assert rows["score"] == [0, 0.5, 1, 1.5] + [None] * 3 and rows["target"] == [1, 2, 3, 4] + [None] * 3
+    assert rows["words"] == [None] * 4 + ["w0", "w1", "w2"]
+    with pytest.raises(ValueError, match="Return the same columns for every batch"):
+        predict(tmp_path, loaders, OfTwo(wrong="scoer"))
+
+
 def test_parts_of_an_attempt_that_was_not_merged_do_not_get_into_the_next_table(tmp_path):
     write_parts(tmp_path, [[[0, 3]], [[1, 4]], [[2, 5]]])
     predict(tmp_path, DataLoader(torch.arange(2)))
