@@ -73,6 +73,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.fast)
 
 
+def pytest_ignore_collect(collection_path, config):
+    "What is not fast is not even imported where only that is asked for."
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and config.option.markexpr == "fast" and collection_path.stem.removeprefix("test_") not in FAST else None
+
+
 def pytest_sessionstart(session):
     "DeepSpeed's operators are compiled before the tests begin: beside them it takes longer than a test may."
     options = session.config.option

@@ -209,6 +209,16 @@ def test_importing_is_light(module, heavy, tmp_path):
     assert run(sys.executable, "-c", code, cwd=tmp_path).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("path", CHAPTERS, ids=name_of)
+def test_a_reason_is_before_each_exported_cell(path):
+    cells = nbformat.read(path, as_version=4).cells
+    for before, cell in zip(cells, cells[1:]):
+        is_exported = cell.cell_type == "code" and re.match(r"#\| exporti?\n", cell.source)
+        defined = ast.parse(cell.source).body if is_exported else []
+        if any(not isinstance(statement, (ast.Import, ast.ImportFrom, ast.If)) for statement in defined):
+            assert before.cell_type == "markdown", cell.source[:200]
+
+
 def test_the_tests_that_a_notebook_runs_exist():
     text = (REPOSITORY / "nbs/benchmarks/reliability.ipynb").read_text()
     named = re.findall(r"[\w/]*test_\w+\.py(?=[:\\\"])", text)
@@ -217,6 +227,7 @@ def test_the_tests_that_a_notebook_runs_exist():
 
 def test_the_readme_maps_every_notebook():
     readme = (REPOSITORY / "README.md").read_text()
+    assert not (REPOSITORY / "nbs" / "readme.ipynb").exists()  # of which nbdev would make README.md
     chapters = [path for path in CHAPTERS if path.parent.name != "nbs"]
     for path in set(NOTEBOOKS) - set(chapters):
         assert path.relative_to(REPOSITORY).as_posix() in readme, path
