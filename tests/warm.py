@@ -326,7 +326,6 @@ def end(code: int) -> None:
     except KeyboardInterrupt:
         code = -signal.SIGINT
     atexit._run_exitfuncs()
-    ctypes.CDLL(None).fflush(None)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):  # it may be closed, or none
             stream.flush()
