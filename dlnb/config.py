@@ -284,7 +284,7 @@ def _place_in(root: str, path: str) -> str:
 
 # %% ../nbs/05_config.ipynb #87796832
 def _readable_name(config: NamedRun) -> str:
-    parameters = inspect.signature(config.model_class).parameters
+    parameters = config.model_parameters
     plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
     arguments = {name: f"{value:g}" if isinstance(value, float) else value for name, value in arguments.items()}

@@ -67,16 +67,20 @@ def pytest_xdist_make_scheduler(config, log):
     return FilesOrTests(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+def is_fast(path: Path) -> bool:
+    return path.stem.removeprefix("test_") in FAST
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem.removeprefix("test_") in FAST and item.get_closest_marker("soak") is None:
+        if is_fast(item.path) and item.get_closest_marker("soak") is None:
             item.add_marker(pytest.mark.fast)
 
 
 def pytest_ignore_collect(collection_path, config):
     "What is not fast is not even imported where only that is asked for."
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    return True if is_test and config.option.markexpr == "fast" and collection_path.stem.removeprefix("test_") not in FAST else None
+    return True if is_test and config.option.markexpr == "fast" and not is_fast(collection_path) else None
 
 
 def pytest_sessionstart(session):
@@ -209,7 +213,7 @@ class Papermill:
 
     def leftover(self, within: float = 15) -> list[str]:
         "The processes that still run `within` seconds from now: the command lines."
-        return [" ".join(process.cmdline()) for process in left_of(self.family.values(), within)]
+        return [" ".join(process.cmdline()) for process in left_of(self.family.values, within)]
 
     def end(self) -> None:
         "Kill what this test has started."

@@ -114,4 +114,4 @@ class FamilyKernel(Kernel):
         "End the kernel at once, and return what is left of all it has started, so many seconds later."
         self.look()
         self.kill()
-        return left_of(self.family.values(), within)
+        return left_of(self.family.values, within)

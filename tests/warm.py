@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -95,16 +95,13 @@ def warm_python() -> str:
 
 def processes_left(within: float = 15) -> list[psutil.Process]:
     "The warm processes of this test process that still run, and what they have started, `within` seconds from now."
+    return left_of(running_children, within)
+
+
+def left_of(processes: Callable[[], Iterable[psutil.Process]], within: float) -> list[psutil.Process]:
+    "Those that still run `within` seconds from now; they are asked for again at each look."
     deadline = time.monotonic() + within
-    while (left := [*filter(is_running, running_children())]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def left_of(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
-    "Those that still run `within` seconds from now."
-    deadline, left = time.monotonic() + within, [*processes]
-    while (left := [*filter(is_running, left)]) and time.monotonic() < deadline:
+    while (left := [*filter(is_running, processes())]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 
@@ -292,7 +289,7 @@ def forget_other_dlnb(executed: str) -> None:
     found = importlib.machinery.PathFinder.find_spec("dlnb")
     is_other = found is not None and found.origin != sys.modules["dlnb"].__file__
     for name, module in [*sys.modules.items()]:
-        if name == executed and not hasattr(module, "__path__") or is_other and name.partition(".")[0] == "dlnb":
+        if (name == executed and not hasattr(module, "__path__")) or (is_other and name.partition(".")[0] == "dlnb"):
             del sys.modules[name]
 
 
@@ -344,12 +341,9 @@ def exit_code(argv: list[str]) -> int:
             return (ended.code or 0) & 0xFF
         print(ended.code, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
-        return -signal.SIGINT
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        return 1
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -102,11 +102,15 @@ class ArrowFile:
     def write(self, table: "pa.Table") -> None:
         "Raises `ValueError` where the columns do not go with those of the tables before."
         loader = table["dataloader_idx"][0].as_py() if "dataloader_idx" in table.column_names else 0
-        self.of_loaders[loader] = _with_batch(table.schema, self.of_loaders.get(loader))
-        schema = _with_batch(self.of_loaders[loader], self.schema, of_one_loader=len(self.of_loaders) == 1)
+        own = _with_batch(table.schema, self.of_loaders.get(loader))
+        if own != self.of_loaders.get(loader):
+            self.of_loaders[loader] = own
+            self._widen(_with_batch(own, self.schema, of_one_loader=len(self.of_loaders) == 1))
+        self.pieces.write(cast_table(table, self.schema))
+
+    def _widen(self, schema: "pa.Schema") -> None:
         if schema != self.schema:
             self._open(schema)
-        self.pieces.write(cast_table(table, schema))
 
     def _open(self, schema: "pa.Schema") -> None:
         import pyarrow as pa

@@ -110,7 +110,7 @@ def check_drawn_names(space: Space, config: RunConfig) -> None:
     for name in names:
         check_searchable(field, name)
         if name in config.unread:
-            raise ValueError(f"{field}: {name} would change nothing: {config.unread[name]}. Leave it out, or have the class take it.")
+            raise ValueError(config.sentence_of_unread(name, f"{field}: {name}"))
 
 # %% ../../nbs/search/00_space.ipynb #8698991f
 def draw(space: Space, trial: optuna.Trial) -> dict[str, Any]:

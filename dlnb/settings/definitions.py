@@ -12,6 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 # %% ../../nbs/settings/00_definitions.ipynb #5dcef071
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = _Function | ast.ClassDef
+
+
 def read_statements(
     texts: Iterable[str],  # of a module: its one text, or its cells
     docstrings: bool = False,  # keep them
@@ -24,7 +28,7 @@ def read_statements(
         except (SyntaxError, ValueError):
             continue
     for node in (node for statement in found for node in ast.walk(statement)) if not docstrings else ():
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+        if isinstance(node, _Definition) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return found
 
@@ -79,14 +83,10 @@ _CHANGING = set(
 )
 
 
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
 def _steps(statement: ast.stmt) -> Iterator[ast.AST]:
     "A statement and those in it, but for the bodies of functions and classes, which are executed at another time or elsewhere."
     yield statement
-    if not isinstance(statement, _DEFINITIONS):
+    if not isinstance(statement, _Definition):
         for child in ast.iter_child_nodes(statement):
             yield from _steps(child) if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) else ()  # type: ignore[arg-type]
 
@@ -97,7 +97,7 @@ def _changed(step: ast.AST) -> list[ast.expr | None]:
         return [*step.targets]
     if isinstance(step, (ast.AnnAssign, ast.AugAssign)):
         return [step.target]
-    call = step.value if isinstance(step, ast.Expr) else None
+    call = step.value if isinstance(step, ast.Expr) else step
     if not isinstance(call, ast.Call):
         return []
     function = call.func
@@ -122,7 +122,7 @@ def _function_of(decorator: ast.expr) -> ast.expr:
     return decorator.func if isinstance(decorator, ast.Call) else decorator
 
 
-def _patched(step: ast.FunctionDef | ast.AsyncFunctionDef, decorator: ast.expr) -> list[ast.expr]:
+def _patched(step: _Function, decorator: ast.expr) -> list[ast.expr]:
     "The classes to which fastcore's `@patch` and `@patch_to` add a function, as expressions."
     function, arguments = _function_of(decorator), [*step.args.posonlyargs, *step.args.args]
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -132,10 +132,8 @@ def _patched(step: ast.FunctionDef | ast.AsyncFunctionDef, decorator: ast.expr) 
 
 
 def _changed_inside(function: ast.stmt) -> set[str | None]:
-    "The global names that a call of a function changes in part."
-    roots = {_root(target) for node in ast.walk(function) for target in _changed(node) if not isinstance(target, ast.Name)}
-    calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
-    return (roots | {_root(call) for call in calls if call.attr in _CHANGING}) & uses(function).keys()
+    "The global names that a call of a function changes."
+    return {_root(target) for node in ast.walk(function) for target in _changed(node)} & uses(function).keys()
 
 # %% ../../nbs/settings/00_definitions.ipynb #f502ba3e
 def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, list[ast.stmt]]) -> set[Any]:
@@ -144,7 +142,7 @@ def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, li
     if isinstance(function, ast.Attribute) and ("register" in function.attr or function.attr in _CHANGING):
         return {_root(function)}
     defined = found.get(getattr(function, "id", ""), [None])[0]
-    if isinstance(defined, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(defined, _Function):
         return _changed_inside(defined)
     patched = [] if isinstance(step, ast.ClassDef) else _patched(step, decorator)
     nodes = [node for expression in patched for node in ast.walk(expression)]
@@ -153,7 +151,7 @@ def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, li
 
 def _by_decorators(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> set[str]:
     "The names whose values the decorators in a statement change."
-    steps = [step for step in _steps(statement) if isinstance(step, _DEFINITIONS)]
+    steps = [step for step in _steps(statement) if isinstance(step, _Definition)]
     names = {name for step in steps for decorator in step.decorator_list for name in _by_decorator(step, decorator, found)}
     return {name for name in names if isinstance(name, str)}
 

@@ -87,6 +87,11 @@ class ClassArguments(ModelAndData):
         return "split" not in self.data_parameters
 
     @cached_property
+    def model_parameters(self) -> Mapping[str, inspect.Parameter]:
+        "The arguments that `model` takes, by their names."
+        return inspect.signature(self.model_class).parameters
+
+    @cached_property
     def data_parameters(self) -> Mapping[str, inspect.Parameter]:
         "The arguments that `data` takes, by their names."
         return inspect.signature(self.data_class).parameters
@@ -94,7 +99,7 @@ class ClassArguments(ModelAndData):
     @cached_property
     def taken_by_model(self) -> dict[str, Any]:
         "The settings that the model has arguments for, and that `model_args` does not give; without an optimizer that is left to it."
-        taken = inspect.signature(self.model_class).parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
+        taken = self.model_parameters.keys() & {*self.passed_to("model")} - self.model_args.keys()
         settings: Any = self  # the groups of settings are put together in `RunConfig`
         values = {name: getattr(settings.resolved if name == "strategy" else settings, name) for name in sorted(taken)}
         return {name: value for name, value in values.items() if (name, value) != ("optimizer", "auto")}
@@ -102,8 +107,7 @@ class ClassArguments(ModelAndData):
     @cached_property
     def passed_to_model(self) -> dict[str, Any]:
         "Those of them that the model is given."
-        parameters = inspect.signature(self.model_class).parameters
-        return {name: value for name, value in self.taken_by_model.items() if not _has_own_bound(value, parameters[name])}
+        return {name: value for name, value in self.taken_by_model.items() if not _has_own_bound(value, self.model_parameters[name])}
 
     @cached_property
     def passed_to_data(self) -> dict[str, Any]:
@@ -134,17 +138,21 @@ class ReadSettings(ClassArguments):
         for name in self.passed_to("optimizer") if own_optimizer(self.model_class) else ():
             if name in self.model_args:
                 found[name] = f"model_args gives {model} another {name}"
-            elif name not in inspect.signature(self.model_class).parameters:
+            elif name not in self.model_parameters:
                 found[name] = f"{model} has an optimizer of its own, and takes no argument {name}"
         if self.has_data_module and "batch_size" not in self.data_parameters:
             found["batch_size"] = f"{data} takes no argument batch_size"
         return found
 
+    def sentence_of_unread(self, name: str, what: str) -> str:
+        "Why `what` would be given in vain."
+        return f"{what} would change nothing: {self.unread[name]}. Leave it out, or have the class take it."
+
     def check_read(self) -> None:
         "Raise `ValueError` for a setting that was given, and that nothing reads."
-        for name, reason in self.unread.items():
+        for name in self.unread:
             if not self.is_default(name):
-                raise ValueError(f"{name}={getattr(self, name)!r} would change nothing: {reason}. Leave it out, or have the class take it.")
+                raise ValueError(self.sentence_of_unread(name, f"{name}={getattr(self, name)!r}"))
         for name, needed in self.needs().items():
             if not self.is_default(name) and getattr(self, needed) is None:
                 raise ValueError(

@@ -108,10 +108,15 @@ def _find_given(config: RunConfig) -> Found:
     return examine(path) if read_manifest(path) else Found(path, None, [])
 
 # %% ../../nbs/training/01_start.ipynb #45719ee4
+def _is_below(config: RunConfig, epoch: int, step: int) -> bool:
+    "Whether a bound of the settings is below these."
+    return 0 < config.max_epochs < epoch or 0 < config.max_steps < step
+
+
 def _check_not_beyond(record: RunRecord, config: RunConfig, found: Found) -> None:
     "The run may be at its end, and not have said so when it was killed; but not further."
     manifest = found.manifest
-    if manifest and (0 < config.max_epochs < manifest.epoch or 0 < config.max_steps < manifest.step):
+    if manifest and _is_below(config, manifest.epoch, manifest.step):
         raise ValueError(
             f"{record.folder} is at {manifest.place}, and max_epochs={config.max_epochs}, max_steps={config.max_steps} ask for less. Raise "
             "them, or give resume='never' to train beside it."
@@ -120,7 +125,7 @@ def _check_not_beyond(record: RunRecord, config: RunConfig, found: Found) -> Non
 
 def _check_more_to_train(config: RunConfig, found: Found) -> None:
     manifest = found.manifest
-    if manifest and (0 < config.max_epochs <= manifest.epoch or 0 < config.max_steps <= manifest.step):
+    if manifest and _is_below(config, manifest.epoch + 1, manifest.step + 1):
         raise ValueError(
             f"resume={config.resume!r} is at {manifest.place}, and max_epochs={config.max_epochs}, max_steps={config.max_steps} "
             "ask for no more. Raise them."
