@@ -103,15 +103,21 @@ def become(place: Place) -> None:
     redirect_output(place.folder / f"rank-{place.rank}.log")
 
 # %% ../../nbs/session/00_place.ipynb #39bd116d
+def has_process_group() -> bool:
+    "Whether this process is in one. Imports nothing."
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def leave_process_group(
     port: int,  # of the store for the next one
     is_served: bool,  # by somebody else than rank 0
 ) -> None:
     "End the process group, where there is one, and say where the next one meets."
-    distributed, deepspeed = sys.modules.get("torch.distributed"), sys.modules.get("deepspeed")
-    if distributed and distributed.is_initialized():
+    if has_process_group():
+        deepspeed = sys.modules.get("deepspeed")
         of_deepspeed = deepspeed is not None and deepspeed.comm.is_initialized()
-        (deepspeed.comm if of_deepspeed else distributed).destroy_process_group()
+        (deepspeed.comm if of_deepspeed else sys.modules["torch.distributed"]).destroy_process_group()
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(is_served)}
 
 # %% ../../nbs/session/00_place.ipynb #221fd63d

@@ -72,13 +72,19 @@ class RankProcesses:
     def __init__(self) -> None:
         self.processes, self.channels, self.stores = [], [], []
         self.gone: set[int] = set()
+        self.in_group: set[int] = set()  # those that have a process group, by their last word
 
     def open_store(self) -> int:
         "Serve a new store for the ranks to meet in, and return its port."
         from torch.distributed import TCPStore
 
-        self.stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        self.stores = [*self.stores[-1:], TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
         return self.stores[-1].port
+
+    @property
+    def store_is_stale(self) -> bool:
+        "Whether process groups have met in the store, and none is left."
+        return not self.in_group and self.stores[-1].num_keys() > 0
 
     def start(
         self,

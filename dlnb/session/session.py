@@ -137,12 +137,16 @@ class Exchange:
             self.fail(rank, "RankDied", message.how, [f"RankDied: {message.how}"])
         elif message[0] == "done":
             if message[1] == self.number:  # else it has left a process group
-                self.answers.take(rank, *message[2:])
+                self.take_answer(rank, *message[2:])
         elif message[0] == "input":
             self.output.show(last=True)
             self.processes.send(rank, input(f"[rank {rank}] {message[1]}"))
         elif message[0] != "ready":
             self.output.handle(message)
+
+    def take_answer(self, rank: int, value: bytes | None, failure: tuple[Rank, bytes | None] | None, has_group: bool) -> None:
+        self.answers.take(rank, value, failure)
+        (self.processes.in_group.add if has_group else self.processes.in_group.discard)(rank)
 
     def fail(self, rank: int, name: str, how: str, traceback: list[str]) -> None:
         "Note a failure that the rank could not tell of itself."
@@ -155,6 +159,10 @@ class WatchedExchange(Exchange):
 
     keeps_variables = True  # so that a rank which comes back late is worth waiting for
 
+    @property
+    def all_ranks(self) -> set[int]:
+        return set(range(len(self.processes.processes)))
+
     def look(self) -> None:
         "See to ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
@@ -162,11 +170,12 @@ class WatchedExchange(Exchange):
         elif self.answers.waiting and self.answers.since_failure > RESCUE:
             self.rescue()
         elif not self.answers.values and time.monotonic() - self.interrupted_at > BLOCKED:
-            self.leave(set(range(len(self.processes.processes))) - self.answers.waiting)  # what they wait for may be one that is idle
+            self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
 
     def finish(self) -> None:
-        if self.answers.left:  # the others have a process group without them
-            self.leave(set(self.answers.values))
+        "Have all ranks meet elsewhere next time, where some have been asked to, or no group is left of those that met here."
+        if self.answers.left or self.processes.store_is_stale:
+            self.leave(self.all_ranks)
 
     def rescue(self) -> None:
         "Have the ranks that have answered leave the process group, and later give the others up."
@@ -178,9 +187,10 @@ class WatchedExchange(Exchange):
     def leave(self, ranks: set[int]) -> None:
         "Have ranks leave the process group, which is of no use any more, and meet elsewhere next time."
         self.answers.port = self.answers.port or self.processes.open_store()
-        pids = [process.pid for process in self.processes.processes]
+        pids = [process.pid for process in self.processes.processes] if self.answers.waiting else []  # a rank that waits is to see it
         for rank in ranks - self.answers.left - self.processes.gone:
             self.answers.left.add(rank)
+            self.processes.in_group.discard(rank)
             self.processes.send(rank, (0, "leave", self.answers.port, pids))
 
     def give_up(self, how: str, stacks: dict[int, str]) -> None:

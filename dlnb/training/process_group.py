@@ -12,7 +12,7 @@ import time
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.distributed import TCPStore
 
-from ..session.place import leave_process_group
+from ..session.place import has_process_group, leave_process_group
 from ..system.lock import Watch
 from ..tracking.record import RunRecord
 
@@ -33,7 +33,7 @@ def leave_group() -> None:
     "End the process group, on all ranks. The next one meets at another port: what the first one left in its store misleads it."
     from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not has_process_group():
         return
     port = [find_free_network_port()]
     distributed.broadcast_object_list(port)

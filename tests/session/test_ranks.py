@@ -121,6 +121,16 @@ def test_a_model_of_the_ranks_that_holds_the_process_group_does_not_keep_the_oth
     assert group.run("ranks['rank']").value == "[0, 1]"
 
 
+def test_a_process_group_that_one_cell_ends_is_made_again_by_the_next(kernel):
+    kernel.run("%%ranks\nimport torch\nfrom torch import distributed")
+    make = "%%ranks\ndistributed.init_process_group('gloo')\ntotal = torch.ones(1)\ndistributed.all_reduce(total)"
+    for turn in range(20):
+        assert kernel.run(make).error == "", turn
+        assert kernel.run("ranks['total.item()']").value == "[2.0, 2.0]"
+        for ranks in (" 1", " 0") if turn % 2 else ("",):  # each by a cell of its own, or by one
+            assert kernel.run(f"%%ranks{ranks}\ndistributed.destroy_process_group()").error == ""
+
+
 def test_the_debugger_of_a_failed_rank_is_asked_in_the_cell(kernel):
     kernel.run("%%ranks 1\nsecret = 41\nsecret / 0")
     kernel.run("import builtins\nasked, given = [], iter(['p secret + 1', 'q'])")
