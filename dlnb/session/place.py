@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing import parent_process, set_start_method
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..launch.rank import redirect_output
 from ..system.job import JOB
@@ -119,6 +119,22 @@ def leave_process_group(
         of_deepspeed = deepspeed is not None and deepspeed.comm.is_initialized()
         (deepspeed.comm if of_deepspeed else sys.modules["torch.distributed"]).destroy_process_group()
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(is_served)}
+
+# %% ../../nbs/session/00_place.ipynb #30e40ca0
+def _begun(group: Any) -> int:
+    try:
+        return group._get_sequence_number_for_group()
+    except RuntimeError:  # a backend that does not count
+        return 0
+
+
+def begun_collectives() -> dict[str, int]:  # empty where there is no process group
+    "How many collectives this process has begun, by the names of the process groups that it is in."
+    if not has_process_group():
+        return {}
+    from torch.distributed.distributed_c10d import _world
+
+    return {name: _begun(group) for group, name in _world.pg_names.items()}
 
 # %% ../../nbs/session/00_place.ipynb #221fd63d
 def close_connections(

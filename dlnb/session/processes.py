@@ -72,7 +72,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self.processes, self.channels, self.stores = [], [], []
         self.gone: set[int] = set()
-        self.in_group: set[int] = set()  # those that have a process group, by their last word
+        self.begun: dict[int, dict[str, int]] = {}  # by rank, collectives in each of its process groups, by its last word
 
     def open_store(self) -> int:
         "Serve a new store for the ranks to meet in, and return its port."
@@ -84,7 +84,13 @@ class RankProcesses:
     @property
     def store_is_stale(self) -> bool:
         "Whether process groups have met in the store, and none is left."
-        return not self.in_group and self.stores[-1].num_keys() > 0
+        return not any(self.begun.values()) and self.stores[-1].num_keys() > 0
+
+    @property
+    def is_out_of_step(self) -> bool:
+        "Whether ranks have begun different numbers of collectives in a process group."
+        numbers = {pair for groups in self.begun.values() for pair in groups.items()}
+        return len({name for name, _ in numbers}) < len(numbers)
 
     def start(
         self,

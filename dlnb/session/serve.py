@@ -15,7 +15,7 @@ from typing import Any
 
 from ..launch.rank_record import Rank
 from .comms import receive_comm
-from .place import Place, close_connections, has_process_group, leave_process_group
+from .place import Place, begun_collectives, close_connections, leave_process_group
 from .shell import session_shell
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
@@ -153,4 +153,4 @@ def serve(place: Place, connection: Any) -> None:
         channel.is_busy = False
         sys.stdout.flush()
         sys.stderr.flush()
-        channel.send((*answer, has_process_group()))
+        channel.send((*answer, begun_collectives()))

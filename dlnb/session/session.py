@@ -144,9 +144,9 @@ class Exchange:
         elif message[0] != "ready":
             self.output.handle(message)
 
-    def take_answer(self, rank: int, value: bytes | None, failure: tuple[Rank, bytes | None] | None, has_group: bool) -> None:
+    def take_answer(self, rank: int, value: bytes | None, failure: tuple[Rank, bytes | None] | None, begun: dict[str, int]) -> None:
         self.answers.take(rank, value, failure)
-        (self.processes.in_group.add if has_group else self.processes.in_group.discard)(rank)
+        self.processes.begun[rank] = begun
 
     def fail(self, rank: int, name: str, how: str, traceback: list[str]) -> None:
         "Note a failure that the rank could not tell of itself."
@@ -173,8 +173,9 @@ class WatchedExchange(Exchange):
             self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
 
     def finish(self) -> None:
-        "Have all ranks meet elsewhere next time, where some have been asked to, or no group is left of those that met here."
-        if self.answers.left or self.processes.store_is_stale:
+        "Have all ranks meet elsewhere next time, where some have been asked to, or they have no use for the group, or no group."
+        is_spoilt = self.interrupts > 0 and self.processes.is_out_of_step
+        if self.answers.left or is_spoilt or self.processes.store_is_stale:
             self.leave(self.all_ranks)
 
     def rescue(self) -> None:
@@ -187,10 +188,11 @@ class WatchedExchange(Exchange):
     def leave(self, ranks: set[int]) -> None:
         "Have ranks leave the process group, which is of no use any more, and meet elsewhere next time."
         self.answers.port = self.answers.port or self.processes.open_store()
-        pids = [process.pid for process in self.processes.processes] if self.answers.waiting else []  # a rank that waits is to see it
+        may_wait = self.answers.waiting or any(self.processes.begun.values())  # for another one, in a cell or in a thread of torch
+        pids = [process.pid for process in self.processes.processes] if may_wait else []
         for rank in ranks - self.answers.left - self.processes.gone:
             self.answers.left.add(rank)
-            self.processes.in_group.discard(rank)
+            self.processes.begun[rank] = {}
             self.processes.send(rank, (0, "leave", self.answers.port, pids))
 
     def give_up(self, how: str, stacks: dict[int, str]) -> None:

@@ -114,6 +114,17 @@ def test_an_interrupt_reaches_a_rank_that_waits_for_one_which_does_nothing(group
     assert group.run("ranks['total.item()']").value == "[2.0, 2.0]"
 
 
+def test_an_interrupt_between_two_collectives_leaves_no_ranks_that_are_out_of_step(group):
+    wait = "%%ranks\nimport time\ndistributed.barrier()\n{}\nif rank == 0: print('begun', flush=True)\ntime.sleep(60)"
+    assert group.run(wait.format(""), interrupt_after="begun").error.startswith("KeyboardInterrupt")
+    assert group.run("ranks['distributed.is_initialized()']").value == "[True, True]"
+    begin = "if rank == 0: work = distributed.all_reduce(torch.ones(1), async_op=True)"
+    assert group.run(wait.format(begin), interrupt_after="begun").error.startswith("KeyboardInterrupt")
+    assert group.run("ranks['distributed.is_initialized()']").value == "[False, False]"
+    assert group.run("%%ranks\ndistributed.init_process_group('gloo')\ntotal = torch.ones(1)\ndistributed.all_reduce(total)").error == ""
+    assert group.run("ranks['total.item()']").value == "[2.0, 2.0]"
+
+
 def test_a_model_of_the_ranks_that_holds_the_process_group_does_not_keep_the_others_waiting(group):
     group.run("%%ranks\nddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))")
     shown = group.run("%%ranks\nif rank == 0:\n    raise KeyError('gone')\nddp(torch.ones(1, 2)).sum().backward()")
