@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import nbformat
+import pandas
 import pytest
 from conftest import REPOSITORY, TRAIN
 from test_project import CHAPTERS, INDEX, run
@@ -75,3 +76,26 @@ def test_the_first_commands_of_the_readme_give_what_they_promise(tmp_path):
     assert done.returncode == 0, done.stderr
     (metrics,) = (tmp_path / "runs").rglob("metrics.json")
     assert json.loads(metrics.read_text())["test_acc"] >= 0.97 and metrics.with_name("predictions.parquet").is_file()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(420)
+def test_the_benchmark_of_a_gpu_runs_to_its_end_on_a_cpu(tmp_path):
+    tiny = {"num_layers": 1, "num_heads": 2, "embed_dim": 256, "context_length": 32}  # with which a few layers more fill the memory
+    settings = {"tables": str(tmp_path / "tables"), "model_args": tiny, "resumed": tiny | {"dropout": 0.1}, "batch_size": 2}
+    settings |= {
+        "strategies": ["single_device", "deepspeed_stage_2"],
+        "warmup": 1,
+        "steps": 2,
+        "between": 0.0,
+        "seconds": 15.0,
+        "memory": 0.9,
+    }
+    notebook = REPOSITORY / "nbs" / "benchmarks" / "gpu.ipynb"
+    done = run(sys.executable, "-m", "papermill", notebook, "out.ipynb", "-y", json.dumps(settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = {path.stem: pandas.read_csv(path) for path in (tmp_path / "tables").glob("*.csv")}
+    assert sorted(tables) == ["exact", "kernel", "largest", "limits", "pauses", "steps", "trials"]
+    assert tables["exact"]["resumed the same"].all() and (tables["exact"]["attempts"] == 2).all()
+    assert len(tables["steps"]) > 3 and tables["steps"]["step, ms"].notna().all()
+    assert tables["kernel"]["is"].iloc[0] == "finished" and tables["trials"]["trials"].iloc[-1] == 4

@@ -62,13 +62,24 @@ class BatchFlops:
             self.counter = None
 
 # %% ../../nbs/callbacks/15_flops.ipynb #5469e57a
-def peak_flops(trainer: Trainer) -> float | None:
-    "The peak FLOP/s of this rank's device."
-    device = trainer.strategy.root_device
+_HALF, _TF32 = 989.4e12, 494.7e12
+H200 = {torch.float64: 33.5e12, torch.float32: 66.9e12, torch.bfloat16: _HALF, torch.float16: _HALF}  # FLOP/s, without sparsity
+
+
+def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    "The peak FLOP/s of a device in a type; None where it is not known."
     if device.type != "cuda":
         return None
-    own = next(trainer.lightning_module.parameters()).dtype
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16}.get(str(trainer.precision).partition("-")[0], own)
+    if torch.cuda.get_device_name(device) == "NVIDIA H200":
+        uses_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        return _TF32 if uses_tf32 else H200.get(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a device is not known is no fault of the training
         return get_available_flops(device, dtype)
+
+
+def peak_flops(trainer: Trainer) -> float | None:
+    "The peak FLOP/s of this rank's device, in the type that the training computes in."
+    own = next(trainer.lightning_module.parameters()).dtype
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16}.get(str(trainer.precision).partition("-")[0], own)
+    return peak_flops_of(trainer.strategy.root_device, dtype)

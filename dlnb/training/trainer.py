@@ -179,6 +179,8 @@ def quiet_lightning():
             ".*treespec, LeafSpec.*",  # Lightning's own call of torch
             ".*`srun` command is available.*",  # under the engine, ranks are started by papermill
             ".*each worker will save a shard.*",  # and dlnb makes one file of them
+            ".*AccumulateGrad node's stream does not match.*",  # Lightning wraps a model for DDP on a stream of its own
+            ".*using the device under current context.*",  # a barrier, once the device is set
         ):
             warnings.filterwarnings("ignore", message=noise)
         try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/views/02_live.ipynb #857d92ab
 SHARE = 50  # the time between two looks, in that of one look
+BEGINS = 0.1  # seconds between two looks until the training has begun, at least
 
 
 class LiveCard:
@@ -52,7 +53,7 @@ class LiveCard:
             self.due = math.inf
             return
         ended = time.monotonic()
-        self.due = ended + max(self.interval, SHARE * (ended - began))
+        self.due = ended + max(self.interval if self.card else BEGINS, SHARE * (ended - began))
 
     def update(self, pids: Sequence[int]) -> None:
         if self.card is not None:
