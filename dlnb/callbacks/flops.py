@@ -67,9 +67,7 @@ H200 = {torch.float64: 33.5e12, torch.float32: 66.9e12, torch.bfloat16: _HALF, t
 
 
 def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    "The peak FLOP/s of a device in a type; None where it is not known."
-    if device.type != "cuda":
-        return None
+    "The peak FLOP/s of a GPU in a type; None where it is not known."
     if torch.cuda.get_device_name(device) == "NVIDIA H200":
         uses_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         return _TF32 if uses_tf32 else H200.get(dtype)
@@ -80,6 +78,9 @@ def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_flops(trainer: Trainer) -> float | None:
     "The peak FLOP/s of this rank's device, in the type that the training computes in."
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
     own = next(trainer.lightning_module.parameters()).dtype
     dtype = {"16": torch.float16, "bf16": torch.bfloat16}.get(str(trainer.precision).partition("-")[0], own)
-    return peak_flops_of(trainer.strategy.root_device, dtype)
+    return peak_flops_of(device, dtype)
