@@ -21,7 +21,7 @@ from .launch.background import jobs as jobs  # for the user
 from .launch.environment import external_rank, is_first, job_environment
 from .launch.external import job_variables, run_external_rank
 from .launch.job_folder import job_folder, note_run, restore
-from .launch.nodes import meeting, meeting_place
+from .launch.nodes import rendezvous, rendezvous_folder
 from .launch.notebook_view import describe
 from .launch.parameters import check_parameters, parameter_names, parameter_value
 from .launch.rank_record import Rank
@@ -95,9 +95,9 @@ class DlnbEngine:
 
 # %% ../nbs/09_engine.ipynb #8277c457
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:
-    "Run the notebook once; where a training has crashed, and can go on, what happened to it."
+    "Run the notebook once; where a training has crashed, and can resume, what happened to it."
     text = nbformat.writes(nb)
-    with job_folder(text) as folder, meeting(folder, meeting_place(output_path)) as reporter:
+    with job_folder(text) as folder, rendezvous(folder, rendezvous_folder(output_path)) as reporter:
         (folder / "name").write_text(name_of(input_path), encoding="utf-8")
         if rank := external_rank():
             run_external_rank(folder, rank, text, reporter)

@@ -110,12 +110,12 @@ class RankThroughput(NamedTuple):
     peak: float | None = None  # FLOP/s of its device
 
 # %% ../../nbs/callbacks/16_throughput.ipynb #b6550661
-APART = ("validation", "checkpoint")  # phases that are no part of a training step
+NOT_IN_A_STEP = ("validation", "checkpoint")  # phases that are no part of a training step
 NOTICEABLE = 0.01  # of the training's seconds
 
 
 def training_seconds(phases: Mapping[str, float]) -> float:
-    return sum(seconds for phase, seconds in phases.items() if phase not in APART)
+    return sum(seconds for phase, seconds in phases.items() if phase not in NOT_IN_A_STEP)
 
 
 def _slowest(ranks: list[RankThroughput]) -> int | None:

@@ -119,7 +119,7 @@ def read_and_drop(fetcher: Any, count: int) -> None:
 
 
 class ResumableLoader(DataLoader):
-    "A loader over `ResumableBatches`. The methods of a stateful loader tell Lightning that it can go on."
+    "A loader over `ResumableBatches`. The methods of a stateful loader tell Lightning that it can resume."
 
     def state_dict(self) -> dict:
         return {}  # the position is the Trainer's, the order the sampler's or `ExactResume`'s

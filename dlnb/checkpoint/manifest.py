@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .trust import digest, is_marked, is_marked_archive
+from .trust import digest, is_signed, is_signed_archive
 from ..formats.layout import Layout
 from ..formats.torch_file import read_archive
 from ..system.files import read_json
@@ -121,14 +121,14 @@ def is_own(
     "Whether this installation wrote a checkpoint, and nothing in it has changed since. Reads all of one that says so."
     path = Path(checkpoint)
     try:
-        return _is_own_folder(path) if path.is_dir() else is_marked_archive(path)
+        return _is_own_folder(path) if path.is_dir() else is_signed_archive(path)
     except (OSError, ValueError, RecursionError):
         return False
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #3e75ab2e
 def _is_own_folder(folder: Path) -> bool:
     content = read_json(folder / "manifest.json")
-    if not is_marked(content):
+    if not is_signed(content):
         return False
     manifest, there = Manifest.model_validate(content), list(folder.rglob("*"))
     files = {str(path.relative_to(folder)) for path in there if not path.is_dir()}

@@ -63,7 +63,7 @@ def check_plain(checkpoint: Path) -> None:
                 raise ValueError(f"{file} is damaged, or holds more than plain values: {error}") from error
     if named:
         raise ValueError(
-            f"{checkpoint} was not written by this installation, or was changed since: its mark is not of the key {key_file()}. "
+            f"{checkpoint} was not written by this installation, or was changed since: its signature is not of the key {key_file()}. "
             f"Only plain values are read from such a one, and it names {listing(named)}. If it is your own, give DLNB_KEY the key "
             "file of the installation that wrote it; if you trust these classes, allow them with "
             "torch.serialization.add_safe_globals in the model's file."

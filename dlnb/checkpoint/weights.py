@@ -87,7 +87,7 @@ def inference_config(
 ) -> RunConfig:  # its `resume` is the path of the weights
     """The settings to use a run's weights with.
 
-    Raises `ValueError` for an unknown setting, a strategy that cuts the model, and for weights without a run.json where `model`
+    Raises `ValueError` for an unknown setting, a strategy that shards the model, and for weights without a run.json where `model`
     and `data` are not given.
     """
     source = find_weights(run)

@@ -18,7 +18,7 @@ from .host_copy import HostCopy, size_of
 from .manifest import FileEntry, Manifest
 from .place import place, remove, sync_to_disk
 from .search import remove_path
-from .trust import digest, mark_archive, marked
+from .trust import digest, sign_archive, signed
 from ..system.atomic import write_json
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #33885dfa
@@ -41,7 +41,7 @@ def write_files(work: Write) -> None:
     for path, content in work.files.items():
         torch.save(content, path)
         if not work.staging.is_dir():
-            mark_archive(path)
+            sign_archive(path)
         sync_to_disk(path)
     if work.staging.is_dir():
         _write_note(work)
@@ -132,7 +132,7 @@ def _told(work: Write, error: Exception, placed: bool) -> OSError:
     if placed:
         told = f"{work.paths[-1]} is complete, of {work.manifest.place}, and what comes after it failed ({free}): {error}."
     else:
-        told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The checkpoint before it stands."
+        told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The previous checkpoint is kept."
     new = OSError(told)
     new.__cause__ = error
     return new
@@ -170,6 +170,6 @@ def _complete(work: Write) -> None:
     for rank in range(work.manifest.world_size):
         _note(work.staging, rank).unlink()
     manifest = Manifest.model_validate(work.manifest.model_dump() | {"files": dict(sorted(files.items()))})
-    write_json(work.staging / "manifest.json", marked(manifest.model_dump(mode="json")))
+    write_json(work.staging / "manifest.json", signed(manifest.model_dump(mode="json")))
     for path in (work.staging, *(path for path in work.staging.rglob("*") if path.is_dir())):
         sync_to_disk(path)

@@ -42,11 +42,11 @@ def _record_death(folder: Path, rank: Rank, code: int) -> None:
         time.sleep(LINGER)
 
 
-PATIENCE = 20.0  # seconds that a rank which only waits leaves it to the others to say who is to blame
+PATIENCE = 20.0  # seconds that a rank which only waits leaves it to the others to say which one is the root cause
 
 # %% ../../nbs/launch/19_external.ipynb #7b258a9e
 def _record_hang(folder: Path, rank: int, pid: int, watch: ProgressWatch) -> bool:
-    "Where no rank of this node makes progress, record this one as failed, if it is the one to blame, or after a while."
+    "Where no rank of this node makes progress, record this one as failed, if it is the root cause, or after a while."
     longest = min(state.timeout for state in watch.ranks.values()) + PATIENCE
     if rank not in watch.ranks or (rank not in watch.suspects() and watch.idle < longest):
         return False

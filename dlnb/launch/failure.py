@@ -35,7 +35,7 @@ def find_failure(
 LOST_CONNECTION = re.compile(r"gloo|nccl|connection (was |is )?(closed|reset|refused|lost)|broken pipe|socket timeout|wait timeout", re.I)
 
 # %% ../../nbs/launch/03_failure.ipynb #a63f1e56
-def remoteness(
+def distance_from_cause(
     failure: Rank,
 ) -> int:  # 0 to 2
     "How far a failure may be from the cause: whoever waits for a rank that has failed loses the connection."
@@ -50,17 +50,17 @@ def is_consequence(
     failure: Rank,
 ) -> bool:
     "Whether that failure is what a rank reports when another one has failed."
-    return remoteness(failure) == 2
+    return distance_from_cause(failure) == 2
 
 
 def find_cause(
     failures: list[Rank],
 ) -> Rank | None:
     "The failure that the others follow from: the first one, but for lost connections and ranks that others may have killed."
-    return min(failures, key=lambda failure: (remoteness(failure), failure.time), default=None)
+    return min(failures, key=lambda failure: (distance_from_cause(failure), failure.time), default=None)
 
 # %% ../../nbs/launch/03_failure.ipynb #3c5c0c61
-def early_leavers(
+def exited_early(
     folder: Path,  # the job folder
 ) -> list[Rank]:
     "The ranks that have left before the notebook's end, by `sys.exit(0)`: no failures, but others may wait for them."

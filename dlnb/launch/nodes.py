@@ -55,7 +55,7 @@ def _job_name() -> str:
     return re.sub(r"[^\w.-]", "_", "-".join(os.environ.get(name, "0") for name in names))
 
 
-def meeting_place(
+def rendezvous_folder(
     output: Any,  # where papermill writes the executed notebook; None for nowhere
 ) -> Path | None:  # None for a job of one node, and where the output is not a file of a filesystem
     "The folder beside the output notebook that the nodes of a job share."
@@ -65,7 +65,7 @@ def meeting_place(
     return path.with_name(f".{path.name[:100]}.{_job_name()[-100:]}")
 
 # %% ../../nbs/launch/09_nodes.ipynb #ea0c8905
-EVERY = 0.5  # seconds between two looks at the meeting place
+EVERY = 0.5  # seconds between two looks at the rendezvous folder
 
 # %% ../../nbs/launch/09_nodes.ipynb #9af9333f
 class Collector:
@@ -74,7 +74,7 @@ class Collector:
     def __init__(
         self,
         folder: Path,  # the job folder
-        place: Path,  # the meeting place
+        place: Path,  # the rendezvous folder
     ):
         self.folder, self.place = folder, place
         self.token = secrets.token_hex(8)
@@ -107,7 +107,7 @@ class Collector:
         self.positions[name] = self.positions.get(name, 0) + len(new)
 
     def leave(self) -> None:
-        "Remove the meeting place, which tells the other nodes; one of them may just be writing a file."
+        "Remove the rendezvous folder, which tells the other nodes; one of them may just be writing a file."
         (self.place / "token").unlink(missing_ok=True)
         deadline = time.monotonic() + 10 * EVERY
         while self.place.exists() and time.monotonic() < deadline:
@@ -132,7 +132,9 @@ def _read_from(path: Path, position: int) -> bytes:  # at most 16 MiB
 # %% ../../nbs/launch/09_nodes.ipynb #2545f7b8
 ALONE_GRACE = 5.0  # seconds that a rank may still run after the first one has left
 SAVE_GRACE = 120.0  # seconds, where a training is saving
-HEARD_GRACE = 20.0  # seconds that a rank that has failed waits until the first one has left, so that no launcher ends the latter before
+ACKNOWLEDGE_TIMEOUT = (
+    20.0  # seconds that a rank that has failed waits until the first one has left, so that no launcher ends the latter before
+)
 
 # %% ../../nbs/launch/09_nodes.ipynb #a0252e0e
 class Outbox:
@@ -167,10 +169,10 @@ class Reporter:
         self,
         folder: Path,  # the job folder of this node
         rank: int,
-        place: Path | None,  # the meeting place; None where there is nothing to report
+        place: Path | None,  # the rendezvous folder; None where there is nothing to report
     ):
         self.folder, self.rank, self.place = folder, rank, place
-        self.looked = 0.0  # at the meeting place, by the monotonic clock
+        self.looked = 0.0  # at the rendezvous folder, by the monotonic clock
         self.left: float | None = None  # when the first node was seen to have left, by the monotonic clock
         self.outbox: Outbox | None = None  # None until somebody listens
 
@@ -214,7 +216,7 @@ class Reporter:
 
     def wait_until_heard(self) -> None:
         "After a failure: until the first rank has written it down and left."
-        deadline = time.monotonic() + HEARD_GRACE
+        deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT
         self.report(now=True)
         while self.is_awaited and time.monotonic() < deadline:
             time.sleep(EVERY / 5)
@@ -222,9 +224,9 @@ class Reporter:
 
 # %% ../../nbs/launch/09_nodes.ipynb #3efb8ae5
 @contextmanager
-def meeting(
+def rendezvous(
     folder: Path,  # the job folder of this node
-    place: Path | None,  # the meeting place
+    place: Path | None,  # the rendezvous folder
 ) -> Iterator[Reporter]:  # of this rank, where it is on another node than the first one; else of nothing
     "Let the nodes of a job know of each other inside the `with` block."
     rank, here = external_rank() or 0, node_ranks()

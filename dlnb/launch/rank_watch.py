@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .environment import external_rank
-from .failure import find_cause, find_failure, remoteness
+from .failure import distance_from_cause, find_cause, find_failure
 from .logs import LogFollower
 from .rank_record import CAUSE_GRACE, Rank, read_ranks
 from ..system.progress import ProgressWatch, collect_stacks
@@ -19,7 +19,7 @@ from ..system.progress import ProgressWatch, collect_stacks
 # %% ../../nbs/launch/15_rank_watch.ipynb #302227fb
 GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
 KILL_GRACE = 8.0  # the same after another rank was killed: by Lightning, perhaps, as the kernel was interrupted
-OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to report who is to blame
+OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to report which one is the root cause
 
 
 class RankWatch:
@@ -47,7 +47,7 @@ class RankWatch:
         "Whether a rank has failed, and others have had the time to report the cause."
         if self.failure is None:
             return False
-        grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[remoteness(self.failure)]
+        grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[distance_from_cause(self.failure)]
         return time.time() > self.failure.time + grace
 
     @property
@@ -57,11 +57,11 @@ class RankWatch:
 
 # %% ../../nbs/launch/15_rank_watch.ipynb #dcb266fa
 def hang(folder: Path, progress: ProgressWatch) -> Rank | None:
-    "The failure of a training in which no rank makes progress: who is to blame, and where every rank is."
+    "The failure of a training in which no rank makes progress: which one is the root cause, and where every rank is."
     suspects = progress.suspects()
     longest = min(state.timeout for state in progress.ranks.values()) + OTHERS_FIRST
     if not suspects and external_rank() is not None and progress.idle < longest:
-        return None  # the rank to blame may be on another node, whose papermill sees it
+        return None  # the rank that is the root cause may be on another node, whose papermill sees it
     message = progress.describe()
     stacks = collect_stacks(folder, progress.ranks)
     lines = [message, *(f"\nRank {rank}:\n{text or 'does not answer'}" for rank, text in stacks.items())]

@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import column, select, table
 
-from ..system.heartbeat import MISSED, Silence
+from ..system.heartbeat import MISSED, Unchanged
 from ..system.lock import open_lock
 from ..system.processes import Process
 
@@ -37,7 +37,7 @@ def trial_id(row: FrozenTrial) -> int:
 
 
 def _worker(row: FrozenTrial) -> Process | None:
-    "The process that runs a trial; None where it has claimed the trial and not signed it yet."
+    "The process that runs a trial; None where it has claimed the trial and not recorded its process yet."
     if (signed := row.user_attrs.get("worker")) is None:
         return None
     return Process(**{part.name: signed[part.name] for part in fields(Process) if part.name in signed})
@@ -72,7 +72,7 @@ class TrialQueue(StudyTrials):
 
     def __init__(self, study_name: str, storage: BaseStorage, n_trials: int, folder: Path):
         super().__init__(study_name, storage, n_trials, folder)
-        self.silences: defaultdict[int, Silence] = defaultdict(Silence)  # of workers that cannot be seen from here
+        self.silences: defaultdict[int, Unchanged] = defaultdict(Unchanged)  # of workers that cannot be seen from here
 
     def claim(self) -> FrozenTrial | None:
         "A waiting trial, or a new one, now this worker's; None where there is none."

@@ -28,7 +28,7 @@ from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769
 BLOCKED = 1.0  # seconds after which a rank that has not answered to an interrupt counts as waiting in a collective
-RESCUE = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
+ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
 WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
@@ -59,7 +59,9 @@ class Answers:
     @property
     def cause(self) -> tuple[Rank, bytes | None] | None:
         "The failure that the others follow from."
-        told = [failure for failure, _ in self.failures if failure.ename != WAITS]  # who only waited is to blame where nobody else is
+        told = [
+            failure for failure, _ in self.failures if failure.ename != WAITS
+        ]  # a rank that only waited is the cause where nobody else is
         cause = find_cause(told or [failure for failure, _ in self.failures])
         return next((pair for pair in self.failures if pair[0] is cause), None)
 
@@ -102,7 +104,7 @@ class Exchange:
         self.processes, self.output, self.watch = processes, output, watch
         self.answers, self.interrupts, self.number = Answers(ranks), 0, next(_numbers)
         self.interrupted_at = math.inf  # monotonic
-        self.ended = ""  # why these ranks cannot go on
+        self.ended = ""  # why these ranks have ended
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
 
     def run(self, request: tuple) -> Answers:
@@ -166,8 +168,8 @@ class WatchedExchange(Exchange):
     def look(self) -> None:
         "See to ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
-            self.give_up(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
-        elif self.answers.waiting and self.answers.since_failure > RESCUE:
+            self.abort(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
+        elif self.answers.waiting and self.answers.since_failure > ABORT_AFTER:
             self.rescue()
         elif not self.answers.values and time.monotonic() - self.interrupted_at > BLOCKED:
             self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
@@ -182,8 +184,8 @@ class WatchedExchange(Exchange):
         "Have the ranks that have answered leave the process group, and later give the others up."
         self.leave(set(self.answers.values))
         in_vain = self.ended or (self.interrupts and not self.keeps_variables)
-        if self.answers.since_failure > RESCUE + (DEATH_PATIENCE if in_vain else PATIENCE):
-            self.give_up("it waited for another rank, which had failed", {})
+        if self.answers.since_failure > ABORT_AFTER + (DEATH_PATIENCE if in_vain else PATIENCE):
+            self.abort("it waited for another rank, which had failed", {})
 
     def leave(self, ranks: set[int]) -> None:
         "Have ranks leave the process group, which is of no use any more, and meet elsewhere next time."
@@ -195,7 +197,7 @@ class WatchedExchange(Exchange):
             self.processes.begun[rank] = {}
             self.processes.send(rank, (0, "leave", self.answers.port, pids))
 
-    def give_up(self, how: str, stacks: dict[int, str]) -> None:
+    def abort(self, how: str, stacks: dict[int, str]) -> None:
         "Count all that have not answered as failed."
         self.ended = self.ended or how
         for rank in sorted(self.answers.waiting):

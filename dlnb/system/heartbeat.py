@@ -20,7 +20,7 @@ MISSED = 3  # heartbeats in a row that a live process does not miss
 STALE_AFTER = MISSED * HEARTBEAT_EVERY + 1.0  # seconds without one, after which a process of another machine is taken for dead
 
 
-class Silence:
+class Unchanged:
     "For how long what is looked at has not changed."
 
     def __init__(self) -> None:

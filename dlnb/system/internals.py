@@ -17,36 +17,36 @@ class Internal(NamedTuple):
 
     owner: str  # "package.module:Class", or "package.module"
     names: tuple[str, ...]
-    room: str  # the module of dlnb that uses them, and no other; where there are more, separated by spaces
+    modules: str  # the module of dlnb that uses them, and no other; where there are more, separated by spaces
     use: str  # what for
 
 
-def _internal(owner: str, names: str, room: str, use: str) -> Internal:
-    return Internal(owner, tuple(names.split()), room, use)
+def _internal(owner: str, names: str, modules: str, use: str) -> Internal:
+    return Internal(owner, tuple(names.split()), modules, use)
 
 # %% ../../nbs/system/09_internals.ipynb #55196ee3
-_LOOPS, _CONNECTORS, _ROOM = "lightning.pytorch.loops", "lightning.pytorch.trainer.connectors", "system.trainer_internals"
+_LOOPS, _CONNECTORS, _TRAINER = "lightning.pytorch.loops", "lightning.pytorch.trainer.connectors", "system.trainer_internals"
 TRAINER = (
-    _internal(f"{_LOOPS}.fit_loop:_FitLoop", "_combined_loader _data_fetcher", _ROOM, "resume within an epoch"),
+    _internal(f"{_LOOPS}.fit_loop:_FitLoop", "_combined_loader _data_fetcher", _TRAINER, "resume within an epoch"),
     _internal(
         f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop",
         "_batches_that_stepped _results _should_accumulate _num_ready_batches_reached _on_before_fetch _on_after_fetch",
-        _ROOM,
+        _TRAINER,
         "know when an optimizer step is complete, keep what has been logged, and time the reading of batches",
     ),
-    _internal(f"{_LOOPS}.evaluation_loop:_EvaluationLoop", "_results", _ROOM, "know what a validation has logged"),
-    _internal(f"{_CONNECTORS}.logger_connector.result:_ResultCollection", "_forked_name", _ROOM, "know it by the names that users see"),
-    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", _ROOM, "restore data loaders"),
-    _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", _ROOM, "give samplers the epoch that is resumed"),
+    _internal(f"{_LOOPS}.evaluation_loop:_EvaluationLoop", "_results", _TRAINER, "know what a validation has logged"),
+    _internal(f"{_CONNECTORS}.logger_connector.result:_ResultCollection", "_forked_name", _TRAINER, "know it by the names that users see"),
+    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", _TRAINER, "restore data loaders"),
+    _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", _TRAINER, "give samplers the epoch that is resumed"),
     _internal(
         "lightning.pytorch.trainer.trainer:Trainer",
         "_signal_connector _checkpoint_connector _logger_connector",
-        _ROOM,
+        _TRAINER,
         "reach the three connectors below",
     ),
-    _internal(f"{_CONNECTORS}.signal_connector:_SignalConnector", "_sigterm_notifier_fn _slurm_sigusr_handler_fn", _ROOM, "preempt"),
-    _internal(f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector", "resume_start", _ROOM, "resume from another strategy"),
-    _internal(f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector", "_callback_metrics", _ROOM, "restore logged metrics"),
+    _internal(f"{_CONNECTORS}.signal_connector:_SignalConnector", "_sigterm_notifier_fn _slurm_sigusr_handler_fn", _TRAINER, "preempt"),
+    _internal(f"{_CONNECTORS}.checkpoint_connector:_CheckpointConnector", "resume_start", _TRAINER, "resume from another strategy"),
+    _internal(f"{_CONNECTORS}.logger_connector.logger_connector:_LoggerConnector", "_callback_metrics", _TRAINER, "restore logged metrics"),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #a1849995

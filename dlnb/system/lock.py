@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .heartbeat import HEARTBEAT_EVERY, STALE_AFTER, Silence, has_heartbeat, touched_at, touching
+from .heartbeat import HEARTBEAT_EVERY, STALE_AFTER, Unchanged, has_heartbeat, touched_at, touching
 from .log import log
 from .processes import Process
 
@@ -279,7 +279,7 @@ class Watch:
         folder: str | Path,
         seconds: float = STALE_AFTER,  # without a heartbeat, after which one of another machine is taken for dead
     ):
-        self.folder, self.seconds, self.silence = Path(folder), seconds, Silence()
+        self.folder, self.seconds, self.silence = Path(folder), seconds, Unchanged()
 
     @property
     def may_be_held(self) -> bool:

@@ -102,7 +102,7 @@ def _announce(plan: RunPlan) -> None:
         for line in describe_differences(saved, plan.record.sources):
             log.warning(line)
         if not start.own:
-            log.info(f"It carries no mark of the key {key_file()}, so that plain values alone are read from it.")
+            log.info(f"It carries no signature of the key {key_file()}, so that plain values alone are read from it.")
 
 
 def describe_differences(saved: Manifest | RunRecord, sources: dict[str, str]) -> list[str]:

@@ -112,7 +112,7 @@ def _measuring(own: list[Callback], record: RunRecord) -> MeasureThroughput:
 
 
 def _starting(plan: RunPlan) -> list[Callback]:
-    "What gives the model its weights, where the settings or the checkpoint say whence. They come last: others may have frozen parameters."
+    "What gives the model its weights, where the settings or the checkpoint name them. They come last: others may have frozen parameters."
     partial = plan.manifest.partial if plan.manifest else None
     excluding = [ExcludeFrozen(plan.weights, partial)] if plan.config.excludes_frozen else []
     return [StartFrom(plan.weights), *excluding]

@@ -182,7 +182,7 @@ def test_a_checkpoint_of_format_1_is_checked_by_its_sums_and_is_not_own(tmp_path
 
 
 def test_processes_that_begin_at_the_same_time_make_one_key(tmp_path):
-    code = "from dlnb.checkpoint.trust import marked; print(marked({'a': 1})['mark'])"
+    code = "from dlnb.checkpoint.trust import signed; print(signed({'a': 1})['mark'])"
     environment = os.environ | {"DLNB_KEY": str(tmp_path / "deep" / "key")}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     assert len({process.communicate(timeout=60)[0] for process in started}) == 1
@@ -241,27 +241,27 @@ def test_a_foreign_run_of_the_same_settings_runs_nothing(run, tmp_path, given):
 
 
 def test_objects_of_the_users_own_come_back_where_the_key_is_and_are_refused_with_the_remedy_where_it_is_not(run, monkeypatch, capsys):
-    from dlnb.checkpoint.trust import mark_archive
+    from dlnb.checkpoint.trust import sign_archive
 
     put(run, Note())
     for path in (run / "checkpoints").iterdir():
-        mark_archive(path)
+        sign_archive(path)
     key = os.environ["DLNB_KEY"]
     monkeypatch.setenv("DLNB_KEY", key + " of another container")
     with pytest.raises(ValueError, match="names test_trust.Note. If it is your own, give DLNB_KEY the key file"):
         go_on(run)
     monkeypatch.setenv("DLNB_KEY", key)
     capsys.readouterr()
-    assert go_on(run).epoch == 2 and "carries no mark" not in capsys.readouterr().out
+    assert go_on(run).epoch == 2 and "carries no signature" not in capsys.readouterr().out
 
 
 def test_without_its_key_a_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
     other = Path(shutil.copytree(run.parents[3], tmp_path / "other")) / run.relative_to(run.parents[3])
     go_on(run)
-    assert "carries no mark" not in capsys.readouterr().out
+    assert "carries no signature" not in capsys.readouterr().out
     monkeypatch.setenv("DLNB_KEY", str(tmp_path / "another key"))
     go_on(other)
-    assert "carries no mark" in capsys.readouterr().out
+    assert "carries no signature" in capsys.readouterr().out
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert is_own(other / "checkpoints" / "last.ckpt")
 
@@ -305,7 +305,9 @@ def test_a_zero_folder_resumes_to_the_same_bytes_with_and_without_its_key(zero, 
     for name, key in keys.items():
         again = Training(tmp_path / name, "deepspeed_stage_1", 2, {"DLNB_KEY": key}, resume=str(zero), max_epochs=1)
         assert again.record["status"] == "finished", again.done.stderr[-3000:]
-        assert ("carries no mark" in again.done.stdout) == (name == "other") and "starts without its saved state" not in again.done.stderr
+        assert ("carries no signature" in again.done.stdout) == (
+            name == "other"
+        ) and "starts without its saved state" not in again.done.stderr
         ends[name] = (again.folder / "model.safetensors").read_bytes()
     assert ends["own"] == ends["other"]
 
