@@ -12,16 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from ..checkpoint.partition import held
 from ..system.log import log
-
-# %% ../../nbs/callbacks/09_averaging.ipynb #f562e9e0
-def gather_again(parameters: list[nn.Parameter]) -> None:
-    "Have ZeRO-3's gathered parameters show what the ranks hold; all ranks call it."
-    gathered = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor") and parameter.data.numel() == parameter.ds_numel]
-    if gathered:
-        gathered[0].partition(param_list=gathered, has_been_updated=False)
-        gathered[0].all_gather(param_list=gathered)
+from ..system.zero_internals import gather_again, held
 
 # %% ../../nbs/callbacks/09_averaging.ipynb #72f028c5
 def _trained(module: LightningModule) -> dict[str, nn.Parameter]:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checkpoint.manifest import Partial
 from ..checkpoint.matching import tensors_of
-from ..checkpoint.partition import held
 from ..checkpoint.pretrained import digests, find_pretrained, frozen_names
 from ..checkpoint.training_manifest import LeavesOut
 from ..checkpoint.weights import few
 from ..system.log import log
+from ..system.zero_internals import held
 
 # %% ../../nbs/callbacks/11_exclude_frozen.ipynb #819ffe49
 SAMPLED = 256  # elements of a tensor

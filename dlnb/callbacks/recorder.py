@@ -20,6 +20,7 @@ from ..config import RunConfig
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
 from ..system.trainer_internals import logged_steps
+from ..system.zero_internals import full_size, master_weights
 from ..tracking.metrics import MetricsLogger
 from ..tracking.record import RunRecord
 
@@ -30,10 +31,8 @@ def _dtype_name(dtype: Any) -> str:
 
 def _master_dtype(optimizer: Any) -> str:
     "The dtype that the optimizer steps in. ZeRO keeps its own partitioned copy of the parameters, under a name for each stage."
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        if partitions := getattr(optimizer, name, None):
-            return _dtype_name(partitions[0].dtype)
-    return _dtype_name(optimizer.param_groups[0]["params"][0].dtype)
+    weights = master_weights(optimizer) or optimizer.param_groups[0]["params"]
+    return _dtype_name(weights[0].dtype)
 
 
 def _compute_dtype(trainer: Trainer, parameters: str) -> str:
@@ -45,7 +44,7 @@ def _compute_dtype(trainer: Trainer, parameters: str) -> str:
 def describe_run(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
     "What the settings came to, once the Trainer is set up: for run.json."
     parameters = list(trainer.lightning_module.parameters())
-    sizes = [(getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad) for parameter in parameters]
+    sizes = [(full_size(parameter), parameter.requires_grad) for parameter in parameters]
     dtype = _dtype_name(parameters[0].dtype)
     return {
         "accelerator": config.resolved.accelerator,

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from ..formats.elements import DTYPES
 from ..formats.layout import Layout, Weight
+from ..system.zero_internals import full_shape
 
 # %% ../../nbs/checkpoint/19_matching.ipynb #6a9f565c
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     "The parameters and persistent buffers by all their names; tied ones under each."
     state = nn.Module.state_dict(model, keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    "The whole tensor's shape, also where ZeRO 3 has sharded it."
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 # %% ../../nbs/checkpoint/19_matching.ipynb #795e74d3
 _WRAPPERS = re.compile(
@@ -87,7 +83,7 @@ def match_weights(model: nn.Module, layout: Layout) -> Match:
     sources = {name: layout.tied.get(name, name) for name in names}
     plain = {bare(name): name for name in sorted(names, reverse=True)} | {name: name for name in names}  # modules_to_save last
     rest = {name: layout.weights[sources[of]].shape for name, of in plain.items() if name not in {*map(bare, tensors)}}
-    rule = find_rule({bare(name): shape_of(tensor) for name, tensor in tensors.items() if bare(name) not in plain}, rest)
+    rule = find_rule({bare(name): full_shape(tensor) for name, tensor in tensors.items() if bare(name) not in plain}, rest)
     taken: dict[str, str] = {}
     for name in tensors:
         candidates = (name, bare(name), rule.in_file(bare(name)))
@@ -101,8 +97,8 @@ def _match(tensors: Mapping[str, Tensor], layout: Layout, taken: Mapping[str, st
     weights, reshaped, filled = {}, {}, {}
     for name, source in taken.items():
         tensor, weight = tensors[name], layout.weights[source]
-        if weight.shape != shape_of(tensor):
-            reshaped[name] = f"{name} {weight.shape} for {shape_of(tensor)}"
+        if weight.shape != full_shape(tensor):
+            reshaped[name] = f"{name} {weight.shape} for {full_shape(tensor)}"
         else:
             _check_kind(name, tensor, weight)
             weights[name] = filled[id(tensor)] = weight

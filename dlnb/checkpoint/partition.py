@@ -6,21 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/checkpoint/14_partition.ipynb #d3ea13dd
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 
 from ..optim import base_optimizer
 from ..optimizers.target import zero_stage
-
-# %% ../../nbs/checkpoint/14_partition.ipynb #51411aeb
-def held(
-    parameter: torch.Tensor,  # or a buffer
-) -> torch.Tensor:
-    "The elements that this rank holds: all, or under ZeRO-3 its partition, while the parameter's own data may be empty."
-    return getattr(parameter, "ds_tensor", parameter).data
+from ..system.zero_internals import is_stage_1_or_2, is_stage_3, parts_of_stage_1_and_2, parts_of_stage_3
 
 # %% ../../nbs/checkpoint/14_partition.ipynb #b9f71131
 class Slot(NamedTuple):
@@ -39,34 +32,11 @@ def find_slots(
     "This rank's slots. Raises `NotImplementedError` for an optimizer of DeepSpeed whose tensors are not known."
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     optimizer = trainer.optimizers[0]
-    if hasattr(optimizer, "grad_position"):
-        return list(_slots_of_stage_3(optimizer, names))
-    if hasattr(optimizer, "round_robin_bit16_offsets"):
-        return list(_slots_of_stage_1_and_2(optimizer, names))
+    if is_stage_3(optimizer) or is_stage_1_or_2(optimizer):
+        parts = parts_of_stage_3(optimizer) if is_stage_3(optimizer) else parts_of_stage_1_and_2(optimizer)
+        return [Slot(names[id(part.parameter)], *part[1:]) for part in parts]
     if zero_stage(trainer.strategy):
         raise NotImplementedError(f"{type(optimizer).__name__} of DeepSpeed cannot take a checkpoint of another strategy.")
     groups = base_optimizer(optimizer).param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     return [Slot(names[id(parameter)], parameter, 0, 0, parameter.numel()) for parameter in parameters]
-
-# %% ../../nbs/checkpoint/14_partition.ipynb #f49218fa
-def _slots_of_stage_1_and_2(optimizer: Any, names: dict[int, str]) -> Iterator[Slot]:
-    "The group's parameters follow one another in a vector, of which each rank has an equal part."
-    for index, tensor in enumerate(optimizer.single_partition_of_fp32_groups):
-        begin = torch.distributed.get_rank(optimizer.real_dp_process_group[index]) * tensor.numel()
-        group, offsets = optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index]
-        for parameter, offset in zip(group, offsets):
-            first, last = max(begin, offset), min(begin + tensor.numel(), offset + parameter.numel())
-            if first < last:
-                yield Slot(names[id(parameter)], tensor, first - begin, first - offset, last - first)
-
-
-def _slots_of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Slot]:
-    "Each rank has an equal part of every parameter; the last ones may be padding."
-    for index, group in enumerate(optimizer.fp16_groups):
-        tensor = optimizer.fp32_partitioned_groups_flat[index]
-        for parameter in group:
-            _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = min(optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
-            size = min(size, parameter.ds_numel - start)
-            yield Slot(names[id(parameter)], tensor, at, start, size)

@@ -29,6 +29,7 @@ from ..formats.zero import model_states_file
 from ..optim import base_optimizer, describe_optimizer
 from ..optimizers.target import zero_stage
 from ..system.trainer_internals import resume_as_usual, resume_at
+from ..system.zero_internals import held, held_range, is_on_nvme, loading_parameters, parameters_by_group
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2d22ae70
 class SavedTraining:
@@ -90,13 +91,7 @@ def optimizer_groups(
 ) -> list[list[str]]:
     "The names of the parameters that are trained, by the groups of the optimizer."
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
-    optimizer = trainer.optimizers[0]
-    if hasattr(optimizer, "grad_position"):
-        groups = [[] for _ in base_optimizer(optimizer).param_groups]
-        for index, group in enumerate(optimizer.fp16_groups):
-            groups[optimizer.sub_group_to_group_id[index]] += group
-    else:
-        groups = getattr(optimizer, "bit16_groups", None) or [group["params"] for group in optimizer.param_groups]
+    groups = parameters_by_group(trainer.optimizers[0])
     return [[names[id(parameter)] for parameter in group if parameter.requires_grad] for group in groups]
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #d4102d5c
@@ -127,26 +122,13 @@ def load_parameters(
 ) -> None:
     "Give parameters, and the optimizer's master copies of them, their values; each rank reads its own part."
     optimizer = trainer.optimizers[0]
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+    if is_on_nvme(optimizer):
         raise NotImplementedError("Offload to NVMe takes only checkpoints of its own. Offload to the CPU takes any.")
-    is_stage_3 = hasattr(optimizer, "grad_position")
-    if is_stage_3:
-        optimizer.checkpoint_event_prologue()
-    for name, parameter in trainer.lightning_module.named_parameters():
-        if name in weights:
-            _load_parameter(parameter, weights[name])
-    fill_weights([slot for slot in find_slots(trainer) if slot.name in weights], weights)
-    if is_stage_3:
-        optimizer.checkpoint_event_epilogue()
-
-
-def _load_parameter(parameter: torch.nn.Parameter, weight: Weight) -> None:
-    "All of it, or under stage 3 this rank's equal part, whose end may be padding."
-    if not hasattr(parameter, "ds_tensor"):
-        return put_elements(parameter.data, 0, weight)
-    size = parameter.ds_tensor.ds_numel
-    start = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
-    put_elements(parameter.ds_tensor.data, 0, weight, start, min(start + size, parameter.ds_numel))
+    with loading_parameters(optimizer):
+        for name, parameter in trainer.lightning_module.named_parameters():
+            if name in weights:
+                put_elements(held(parameter), 0, weights[name], *held_range(parameter))
+        fill_weights([slot for slot in find_slots(trainer) if slot.name in weights], weights)
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #485cea57
 def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:

@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/optimizers/01_groups.ipynb #59547582
 from torch import nn
 
+from ..system.zero_internals import full_shape
+
 # %% ../../nbs/optimizers/01_groups.ipynb #62855286
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)  # the last: batch and instance norms
 
@@ -24,8 +26,7 @@ def parameter_groups(
     decay, no_decay = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty vector in its place
-            is_exempt = len(shape) < 2 or name.endswith("bias") or id(parameter) in of_norms
+            is_exempt = len(full_shape(parameter)) < 2 or name.endswith("bias") or id(parameter) in of_norms
             (no_decay if is_exempt else decay).append(parameter)
     if not decay and not no_decay:
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to optimize")

@@ -17,12 +17,12 @@ class Internal(NamedTuple):
 
     owner: str  # "package.module:Class", or "package.module"
     names: tuple[str, ...]
-    modules: str  # the module of dlnb that uses them, and no other; where there are more, separated by spaces
+    module: str  # the one of dlnb that uses them
     use: str  # what for
 
 
-def _internal(owner: str, names: str, modules: str, use: str) -> Internal:
-    return Internal(owner, tuple(names.split()), modules, use)
+def _internal(owner: str, names: str, module: str, use: str) -> Internal:
+    return Internal(owner, tuple(names.split()), module, use)
 
 # %% ../../nbs/system/09_internals.ipynb #55196ee3
 _LOOPS, _CONNECTORS, _TRAINER = "lightning.pytorch.loops", "lightning.pytorch.trainer.connectors", "system.trainer_internals"
@@ -114,41 +114,34 @@ OTHERS = (
 )
 
 # %% ../../nbs/system/09_internals.ipynb #71c9de94
-_ZERO = "deepspeed.runtime.zero"
+_ZERO, _PARTS = "deepspeed.runtime.zero", "system.zero_internals"
 _PARAMETER, _STAGE_3 = f"{_ZERO}.partition_parameters:Init", f"{_ZERO}.stage3:DeepSpeedZeroOptimizer_Stage3"
 _STAGE_1_AND_2 = f"{_ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer"
 PARAMETERS = (
-    _internal(_PARAMETER, "ds_tensor", "checkpoint.partition checkpoint.reshard callbacks.averaging", "find a rank's part of a parameter"),
-    _internal(
-        _PARAMETER,
-        "ds_numel",
-        "checkpoint.partition checkpoint.reshard callbacks.averaging callbacks.recorder",
-        "know how many elements a parameter has",
-    ),
-    _internal(_PARAMETER, "ds_shape", "optimizers.groups checkpoint.matching", "know a parameter's shape"),
-    _internal(_PARAMETER, "ds_process_group", "checkpoint.reshard", "know which part of a parameter is a rank's"),
-    _internal(_PARAMETER, "partition all_gather", "callbacks.averaging", "show averaged weights where they are gathered"),
+    _internal(_PARAMETER, "ds_tensor", _PARTS, "find a rank's part of a parameter"),
+    _internal(_PARAMETER, "ds_numel ds_shape", _PARTS, "know a parameter's size and shape"),
+    _internal(_PARAMETER, "ds_process_group", _PARTS, "know which part of a parameter is a rank's"),
+    _internal(_PARAMETER, "partition all_gather", _PARTS, "show averaged weights where they are gathered"),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #801db98d
-_MASTER = "checkpoint.partition callbacks.recorder"
 OPTIMIZERS = (
-    _internal(_STAGE_3, "_get_param_partition_rank get_param_id", "checkpoint.partition", "find which elements a rank holds"),
-    _internal(_STAGE_3, "grad_position fp16_groups", "checkpoint.partition checkpoint.reshard", "find a parameter's master weights"),
-    _internal(_STAGE_3, "fp32_partitioned_groups_flat", _MASTER, "write and describe the master weights"),
-    _internal(_STAGE_3, "sub_group_to_group_id", "checkpoint.reshard", "know the optimizer's group of a parameter"),
-    _internal(_STAGE_3, "swap_optimizer params_in_nvme_and_cpu", "checkpoint.reshard", "refuse what is offloaded to NVMe"),
-    _internal(_STAGE_3, "checkpoint_event_prologue checkpoint_event_epilogue", "checkpoint.reshard", "load parameters that are gathered"),
-    _internal(_STAGE_1_AND_2, "single_partition_of_fp32_groups", _MASTER, "write and describe the master weights"),
+    _internal(_STAGE_3, "_get_param_partition_rank get_param_id", _PARTS, "find which elements a rank holds"),
+    _internal(_STAGE_3, "grad_position fp16_groups", _PARTS, "find a parameter's master weights"),
+    _internal(_STAGE_3, "fp32_partitioned_groups_flat", _PARTS, "write and describe the master weights"),
+    _internal(_STAGE_3, "sub_group_to_group_id", _PARTS, "know the optimizer's group of a parameter"),
+    _internal(_STAGE_3, "swap_optimizer params_in_nvme_and_cpu", _PARTS, "refuse what is offloaded to NVMe"),
+    _internal(_STAGE_3, "checkpoint_event_prologue checkpoint_event_epilogue", _PARTS, "load parameters that are gathered"),
+    _internal(_STAGE_1_AND_2, "single_partition_of_fp32_groups", _PARTS, "write and describe the master weights"),
     _internal(
         _STAGE_1_AND_2,
         "real_dp_process_group round_robin_bit16_groups round_robin_bit16_offsets",
-        "checkpoint.partition",
+        _PARTS,
         "find which elements a rank holds",
     ),
-    _internal(_STAGE_1_AND_2, "bit16_groups", "checkpoint.reshard", "know the optimizer's group of a parameter"),
+    _internal(_STAGE_1_AND_2, "bit16_groups", _PARTS, "know the optimizer's group of a parameter"),
     *(_internal(owner, "optimizer", "optim", "reach the optimizer that steps") for owner in (_STAGE_3, _STAGE_1_AND_2)),
-    *(_internal(owner, "param_groups", "checkpoint.reshard", "know its groups") for owner in (_STAGE_3, _STAGE_1_AND_2)),
+    *(_internal(owner, "param_groups", _PARTS, "know its groups") for owner in (_STAGE_3, _STAGE_1_AND_2)),
 )
 
 # %% ../../nbs/system/09_internals.ipynb #be51bbb4

@@ -67,7 +67,7 @@ def test_each_of_them_is_used_where_the_list_says():
     rooms = {}
     for internal in internals.LIGHTNING + internals.OTHERS + internals.DEEPSPEED:
         for name in internal.names:
-            rooms.setdefault(name, set()).update(f"dlnb/{room.replace('.', '/')}.py" for room in internal.modules.split())
+            rooms.setdefault(name, set()).add(f"dlnb/{internal.module.replace('.', '/')}.py")
     names = {path: names_in(path) for path in TREES}
     used = {name: {path for path in names if name in names[path]} for name in rooms}
     assert {name: places for name, places in used.items() if places != rooms[name] and name not in COMMON} == {}
