@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import unknown
 from .optimizers.compiled import import_deepspeed
+from .optimizers.muon import show_partitions
 from .optimizers.target import offloads_optimizer, resolve_accelerator
 from .strategies.deepspeed_config import SETTINGS, check_keys, check_stage, merged, top_level_keys
 
@@ -159,6 +160,8 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
         replace_compiled(self.lightning_module)
         self.before_sharding(self.lightning_module)
         super().setup(trainer)
+        for optimizer in self.optimizers:
+            show_partitions(optimizer)
 
 # %% ../nbs/04_strategy.ipynb #9101bef2
 def prepare_deepspeed(device: str) -> None:

@@ -17,6 +17,7 @@ from .partition import Slot
 from ..formats.elements import read_elements
 from ..formats.layout import Weight
 from ..formats.optimizer_states import States
+from ..optimizers.muon import MUON
 
 # %% ../../nbs/checkpoint/15_fill.ipynb #62e455d0
 def put_values(target: torch.Tensor, at: int, values: torch.Tensor) -> None:
@@ -59,10 +60,11 @@ def fill_states(
     kept = _states_of(optimizer, next(iter(tensors.values())))
     if kept.keys() != states.keys():
         raise ValueError(f"it keeps {listing(kept)}, and in the checkpoint are {listing(states)}")
-    known = set.intersection(*(set(values) for values in states.values()))
+    known = set.union(*(set(values) for values in states.values()))
     for key, tensor in tensors.items():
         if found := [slot for slot in slots if id(slot.tensor) == key and slot.name in known]:
-            optimizer.state[tensor] = {name: _state(kept[name], values, tensor, found) for name, values in states.items()}
+            of_these = {name: values for name, values in states.items() if all(slot.name in values for slot in found)}
+            optimizer.state[tensor] = {name: _state(kept[name], values, tensor, found) for name, values in of_these.items()}
 
 
 def listing(names: Iterable[str]) -> str:
@@ -70,13 +72,16 @@ def listing(names: Iterable[str]) -> str:
 
 # %% ../../nbs/checkpoint/15_fill.ipynb #775c269b
 def _states_of(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> dict[str, Any]:
-    "What such an optimizer keeps of a tensor of three elements, after a step."
-    tensor = torch.zeros(3, device=like.device, dtype=like.dtype, requires_grad=True)
-    tensor.grad = torch.zeros_like(tensor)
-    known = inspect.signature(type(optimizer)).parameters
-    other = type(optimizer)([tensor], **{name: value for name, value in optimizer.defaults.items() if name in known})
-    other.step()
-    return dict(other.state[tensor])
+    "What such an optimizer keeps of a small matrix after a step, in whichever of its groups."
+    known, states = inspect.signature(type(optimizer)).parameters, {}
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in known}
+    for group in optimizer.param_groups:
+        tensor = torch.zeros(1, 3, device=like.device, dtype=like.dtype, requires_grad=True)
+        tensor.grad = torch.zeros_like(tensor)
+        other = type(optimizer)([{"params": [tensor]} | {name: group[name] for name in MUON if name in group}], **defaults)
+        other.step()
+        states |= other.state[tensor]
+    return states
 
 
 def _state(example: Any, values: Mapping[Any, Any], tensor: torch.Tensor, slots: list[Slot]) -> Any:

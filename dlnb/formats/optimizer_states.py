@@ -13,7 +13,7 @@ from typing import Any
 from .layout import Weight, named_error, stored
 from .tensors import StoredTensor
 from .torch_file import read_archive
-from .zero import locate_weights, read_all_shards, scalar, zero_folder
+from .zero import flat_numbers, flat_weights, locate_weights, read_all_shards, scalar, zero_folder
 
 # %% ../../nbs/formats/07_optimizer_states.ipynb #a05e0faf
 States = dict[str, dict[str | int, Weight | float]]  # a state's name -> a parameter's name or place -> what it is
@@ -60,13 +60,15 @@ def _zero_states(folder: Path, model: dict, optimizers: list[dict]) -> States:
     if len(kept) < len(optimizers) or not kept[0]:
         return {}
     states: States = {}
-    groups = sorted(kept[0])
-    for name, example in kept[0][groups[0]].items():
-        parts = [[entry[group][name] for group in groups] for entry in kept]
+    groups, numbers = sorted(kept[0]), flat_numbers(model, optimizers)
+    for name, example in {name: value for group in groups for name, value in kept[0][group].items()}.items():
+        having = {number for number, group in enumerate(groups) if name in kept[0][group]}
+        parameters = [parameter for parameter, number in numbers.items() if number in having]
         if _is_number(example):
-            shapes = zip(parts[0], model["param_shapes"], strict=True)
-            states[name] = {parameter: scalar(value) for value, group in shapes for parameter in group}
+            states[name] = {parameter: scalar(kept[0][groups[numbers[parameter]]][name]) for parameter in parameters}
         else:
-            located: dict[Any, Any] = locate_weights(folder, parts, model, optimizers)
-            states[name] = located
+            weights = [flat_weights(optimizer) for optimizer in optimizers]  # they are as long, where a group has no such state
+            parts = [[entry[group].get(name, flat[i]) for i, group in enumerate(groups)] for entry, flat in zip(kept, weights)]
+            located = locate_weights(folder, parts, model, optimizers)
+            states[name] = {parameter: located[parameter] for parameter in parameters}
     return states

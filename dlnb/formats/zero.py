@@ -281,13 +281,27 @@ def locate_weights(folder: Path, parts: Parts, model: dict, optimizers: list[dic
     return (_partitioned_weights if _is_partitioned(optimizers) else _flat_weights)(folder, parts, model, optimizers[0])
 
 
+def flat_weights(optimizer: dict) -> list[StoredTensor]:
+    "A rank's master weights: a flat tensor for each group, or for each part of a group that stage 3 steps at a time."
+    return optimizer["fp32_flat_groups" if _is_partitioned([optimizer]) else "single_partition_of_fp32_groups"]
+
+
+def flat_numbers(model: dict, optimizers: list[dict]) -> dict[str, int]:
+    "By the parameters' names, which of the flat tensors has its elements."
+    if not _is_partitioned(optimizers):
+        return {name: number for number, shapes in enumerate(model["param_shapes"]) for name in shapes}
+    ends = list(accumulate(tensor.size for tensor in flat_weights(optimizers[0])))
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    starts = accumulate((_share(shape, len(optimizers)) for shape in shapes.values()), initial=0)
+    return {name: bisect_right(ends, start) for name, start in zip(shapes, starts)}
+
+
 def _assemble(folder: Path) -> Layout:
     models, optimizers = read_all_shards(folder)
     if not optimizers:
         return stored_layout(models[0]["module"], models[0])
     partitioned = _is_partitioned(optimizers)
-    key = "fp32_flat_groups" if partitioned else "single_partition_of_fp32_groups"
-    weights = locate_weights(folder, [optimizer[key] for optimizer in optimizers], models[0], optimizers)
+    weights = locate_weights(folder, [flat_weights(optimizer) for optimizer in optimizers], models[0], optimizers)
     weights |= _frozen_weights(models) if partitioned else {}
     tied = _tied_names(models[0], weights)
     stored = _stored_weights(models[0], {*weights, *tied}, with_parameters=not partitioned)

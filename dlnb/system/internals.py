@@ -92,6 +92,12 @@ OTHERS = (
     _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),
     _internal("torch.utils.cpp_extension", "_get_build_directory", "optimizers.compiled", "find out whether an operator is compiled"),
     _internal("torch._dynamo.eval_frame:OptimizedModule", "_orig_mod", "strategy", "reach the module that torch.compile has wrapped"),
+    _internal(
+        "torch.optim._muon",
+        "_zeropower_via_newtonschulz DEFAULT_A DEFAULT_B DEFAULT_C DEFAULT_NS_STEPS EPS",
+        "optimizers.muon",
+        "orthogonalize a gathered matrix as torch's Muon does",
+    ),
     _internal("torch.optim.adamw:AdamW", "_step_supports_amp_scaling", "optim", "have gradients unscaled before they are clipped"),
     _internal(
         "torch.nn.parallel.distributed:DistributedDataParallel",
@@ -139,6 +145,7 @@ OPTIMIZERS = (
         _PARTS,
         "find which elements a rank holds",
     ),
+    *(_internal(owner, "dp_process_group", _PARTS, "gather the parts of a matrix") for owner in (_STAGE_3, _STAGE_1_AND_2)),
     _internal(_STAGE_1_AND_2, "bit16_groups", _PARTS, "know the optimizer's group of a parameter"),
     *(_internal(owner, "optimizer", "optim", "reach the optimizer that steps") for owner in (_STAGE_3, _STAGE_1_AND_2)),
     *(_internal(owner, "param_groups", _PARTS, "know its groups") for owner in (_STAGE_3, _STAGE_1_AND_2)),

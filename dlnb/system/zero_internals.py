@@ -130,3 +130,34 @@ def parts_of_stage_3(optimizer: Any) -> Iterator[Part]:
             _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = min(optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
             yield Part(parameter, tensor, at, start, min(size, parameter.ds_numel - start))
+
+# %% ../../nbs/system/14_zero_internals.ipynb #353ca0e5
+class ZeroPartitions:
+    "Which parameters the master weights of ZeRO are parts of, and how to gather one."
+
+    def __init__(
+        self,
+        optimizer: Any,  # of stage 1, 2 or 3
+    ):
+        parts = parts_of_stage_3(optimizer) if is_stage_3(optimizer) else parts_of_stage_1_and_2(optimizer)
+        self.ranks = optimizer.dp_process_group
+        self.held = {id(part.parameter): part for part in parts}
+        groups = optimizer.fp16_groups if is_stage_3(optimizer) else optimizer.round_robin_bit16_groups
+        self.parameters = {id(tensor): group for tensor, group in zip(master_weights(optimizer), groups)}
+
+    def of(self, tensor: Tensor) -> Iterator[tuple[nn.Parameter, Part]]:
+        "The parameters of one of the master weights, each with this rank's part, which may be empty."
+        for parameter in self.parameters[id(tensor)]:
+            yield parameter, self.held.get(id(parameter), Part(parameter, tensor, 0, 0, 0))
+
+    def gathered(
+        self,
+        parameter: nn.Parameter,
+        values: Tensor,  # flat: this rank's part, wherever it is
+        start: int,  # the first one's place in the flattened parameter
+    ) -> Tensor:  # of the parameter's full shape, on its device
+        "The values of all ranks. Every rank calls it; each element is added to zeros, which does not change it."
+        full = torch.zeros(full_size(parameter), dtype=values.dtype, device=parameter.device)
+        full[start : start + len(values)] = values
+        torch.distributed.all_reduce(full, group=self.ranks)
+        return full.view(full_shape(parameter))

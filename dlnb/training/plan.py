@@ -24,6 +24,7 @@ from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..errors import UntrainableError
 from ..formats.reader import read_layout
+from ..optimizers.muon import check_muon
 from ..settings.model_and_data import own_optimizer
 from ..system.log import log
 from ..tracking.environment import package_versions
@@ -199,6 +200,8 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
     for setting in ("activation_checkpointing", "torch_compile"):
         if (names := getattr(config, setting)) and not is_overridden("configure_model", model):
             find_blocks(model, names, setting)
+    if config.optimizer == "Muon" and not is_overridden("configure_model", model) and not own_optimizer(type(model)):
+        check_muon(model)
     _check_sharded(config)
     _check_manual(config, model)
     if not inspect.isclass(config.model_class) and own_optimizer(type(model)):

@@ -1,47 +1,19 @@
 """A training goes on with other ranks and under another strategy: every sample once, the moments kept, the weights those of one that
 nobody disturbed."""
 
-import json
-import os
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ALL, REPOSITORY
-from safetensors.torch import load_file
-from warm import warm_python
+from conftest import ALL
+from trainings import TRACED, Training, difference
 
 from dlnb.formats.elements import read_elements
 from dlnb.formats.optimizer_states import read_optimizer_states
 
-TRACED = REPOSITORY / "tests" / "traced.py"
 STOPPED_AT = 55  # the last checkpoint before step 58, in the middle of the second of three epochs of 39 steps
-SETTINGS = dict(model=f"{TRACED}:TracedNet", data=f"{TRACED}:TracedDigits", data_args={"num_workers": 0}, accelerator="cpu")
-SETTINGS |= dict(model_args={"dropout": 0.0, "width": 9}, max_epochs=3, lr=3e-3, optimizer="AdamW", save_every_n_steps=5)
 
 pytestmark = pytest.mark.timeout(400)
-
-
-class Training:
-    "A training in processes of its own: its folder, and the batches of samples that it was trained on."
-
-    def __init__(self, root: Path, strategy: str, ranks: int, environment: dict = {}, **settings):
-        (root / "trace").mkdir(parents=True)
-        batch = {1: 32, 2: 16, 4: 8}[ranks]  # 32 samples a step
-        strategy = "auto" if strategy == "ddp" and ranks == 1 else strategy
-        settings = SETTINGS | dict(strategy=strategy, devices=ranks, batch_size=batch, root=str(root)) | settings
-        environment = os.environ | {"TRACE": str(root / "trace")} | environment
-        command = [warm_python(), TRACED, json.dumps(settings)]
-        self.done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        for record in root.rglob("run.json"):  # none where it was refused before it began
-            self.folder, self.record = record.parent, json.loads(record.read_text())
-        lines = [line for path in (root / "trace").iterdir() for line in path.read_text().splitlines()]
-        self.batches = [json.loads(line)[1:] for line in lines]  # epoch, step, samples
-
-    def samples(self, epoch: int, before: float = float("inf")) -> Counter:
-        "How often each sample came in an epoch, up to a step."
-        return Counter(sample for of, step, ids in self.batches if of == epoch and step < before for sample in ids)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +41,6 @@ def moments(checkpoint: Path) -> Counter:
     states = read_optimizer_states(checkpoint)
     assert states.keys() == {"step", "exp_avg", "exp_avg_sq"} and set(states["step"].values()) == {STOPPED_AT}
     return Counter(bytes(read_elements(weight).numpy()) for name in ("exp_avg", "exp_avg_sq") for weight in states[name].values())
-
-
-def difference(one: Training, other: Training) -> float:
-    weights = [load_file(training.folder / "model.safetensors") for training in (one, other)]
-    return max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
 
 
 SOME = [("ddp", 2, "ddp", 1), ("ddp", 2, "deepspeed_stage_3", 2)]
