@@ -83,15 +83,23 @@ class DlnbEngine:
         every = min(autosave_cell_every, AUTOSAVE)
         manager_options = dict(progress_bar=progress_bar, log_output=log_output, autosave_cell_every=every, view=view)
         client_options = dict(log_output=log_output, timeout=execution_timeout, startup_timeout=start_timeout, **kwargs)
-        restarts = _check_restarts(parameter_value(nb, "max_restarts", 0))
-        nb.metadata.pop("dlnb", None)  # of an earlier execution
-        fresh, crashes = copy.deepcopy(nb), []
-        while crash := _attempt(nb, kernel_name, output_path, input_path, manager_options, client_options):
-            if len(crashes) == restarts:
-                break
-            crashes.append(crash)
-            _reset(nb, fresh, crashes)
+        _run_with_restarts(nb, lambda: _attempt(nb, kernel_name, output_path, input_path, manager_options, client_options))
         return nb
+
+# %% ../nbs/09_engine.ipynb #43e5d829
+def _run_with_restarts(
+    nb,
+    attempt: Callable[[], str | None],  # runs the notebook once; returns what has crashed it, None for an end that is final
+) -> None:
+    "Run a notebook, and restart it after a crash, at most `max_restarts` times."
+    restarts = _check_restarts(parameter_value(nb, "max_restarts", 0))
+    nb.metadata.pop("dlnb", None)  # of an earlier execution
+    fresh, crashes = copy.deepcopy(nb), []
+    while crash := attempt():
+        if len(crashes) == restarts:
+            break
+        crashes.append(crash)
+        _reset(nb, fresh, crashes)
 
 # %% ../nbs/09_engine.ipynb #8277c457
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:

@@ -58,6 +58,40 @@ def job_folder(
         if not external_rank():  # the first rank of an outer launcher too: it stays until the others have finished
             shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/launch/02_job_folder.ipynb #f65c787b
+class _Copies:
+    "The small files of a job folder, in memory."
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, tuple[int, bytes]] = {}  # when they were written, and what is in them
+
+    def update(self) -> None:
+        "Copy what has changed."
+        for path in self.folder.iterdir():
+            if path.suffix in ("", ".json", ".py", ".ipynb") and path.is_file():
+                with suppress(FileNotFoundError):
+                    written = path.stat().st_mtime_ns
+                    if self.files.get(path.name, (None,))[0] != written:
+                        self.files[path.name] = written, path.read_bytes()
+
+    def restore_folder(self) -> None:
+        "Create the folder, which appears with all its files."
+        new = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-", dir=self.folder.parent))
+        for name, (_, content) in self.files.items():
+            (new / name).write_bytes(content)
+        new.rename(self.folder)
+
+    def restore_files(self) -> None:
+        "Write the files that are missing in the folder."
+        for name, (_, content) in self.files.items():
+            if not (self.folder / name).exists():
+                new = self.folder / f"{name}.restored"
+                new.write_bytes(content)
+                with suppress(FileExistsError):  # its owner has just written it
+                    os.link(new, self.folder / name)
+                new.unlink()
+
 # %% ../../nbs/launch/02_job_folder.ipynb #92195c97
 KEEP_EVERY = 0.3  # seconds between two looks at the job folder
 TOUCH_EVERY = 3600.0  # seconds after which its files are touched again
@@ -65,51 +99,25 @@ _keepers: dict[Path, "_Keeper"] = {}
 
 # %% ../../nbs/launch/02_job_folder.ipynb #9915b7c3
 class _Keeper:
-    "Restores the small files of a job folder that a cleaner of temporary files has removed."
+    "Keeps a job folder complete, and marked as used, while a cleaner of temporary files may be at work."
 
     def __init__(self, folder: Path):
-        self.folder, self.working = folder, threading.Lock()
-        self.files: dict[str, tuple[int, bytes]] = {}  # when they were written, and what is in them
+        self.folder, self.copies, self.working = folder, _Copies(folder), threading.Lock()
         self.lock: int | None = None  # a descriptor of the folder, locked: systemd-tmpfiles leaves such folders alone
         self.touched = time.monotonic()
 
     def look(self) -> None:
-        "Take note of what has changed, and restore what is missing."
+        "Copy what has changed, and restore what is missing."
         with self.working, suppress(OSError):
             if not self.folder.is_dir() or self.lock is None:
-                self._lay_out()
-            for path in self.folder.iterdir():
-                if path.suffix in ("", ".json", ".py", ".ipynb") and path.is_file():
-                    self._note(path)
-            for name in self.files:
-                if not (self.folder / name).exists():
-                    self._restore(name)
+                self.release()
+                if not self.folder.is_dir():
+                    self.copies.restore_folder()
+                self.lock = _locked(self.folder)
+            self.copies.update()
+            self.copies.restore_files()
             if time.monotonic() > self.touched + TOUCH_EVERY:
                 self.touch()
-
-    def _lay_out(self) -> None:
-        self.release()
-        if not self.folder.is_dir():  # it appears with all its files
-            new = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-", dir=self.folder.parent))
-            for name, (_, content) in self.files.items():
-                (new / name).write_bytes(content)
-            new.rename(self.folder)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        with suppress(OSError):  # some network filesystems have no locks
-            fcntl.flock(self.lock, fcntl.LOCK_SH)
-
-    def _note(self, path: Path) -> None:
-        with suppress(FileNotFoundError):
-            written = path.stat().st_mtime_ns
-            if self.files.get(path.name, (None,))[0] != written:
-                self.files[path.name] = written, path.read_bytes()
-
-    def _restore(self, name: str) -> None:
-        new = self.folder / f"{name}.restored"
-        new.write_bytes(self.files[name][1])
-        with suppress(FileExistsError):  # its owner has just written it
-            os.link(new, self.folder / name)
-        new.unlink()
 
     def touch(self) -> None:
         "Make the folder and its files look used."
@@ -122,6 +130,13 @@ class _Keeper:
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
+
+def _locked(folder: Path) -> int:
+    lock = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network filesystems have no locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
 
 # %% ../../nbs/launch/02_job_folder.ipynb #5e3ae580
 @contextmanager

@@ -67,6 +67,19 @@ def rendezvous_folder(
 # %% ../../nbs/launch/09_nodes.ipynb #ea0c8905
 EVERY = 0.5  # seconds between two looks at the rendezvous folder
 
+# %% ../../nbs/launch/09_nodes.ipynb #0262d54a
+def _make(place: Path) -> None:
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise PermissionError(f"{place} belongs to somebody else.")
+
+
+def _remove(place: Path) -> None:
+    deadline = time.monotonic() + 10 * EVERY
+    while place.exists() and time.monotonic() < deadline:
+        shutil.rmtree(place, ignore_errors=True)
+        time.sleep(0 if not place.exists() else EVERY / 5)
+
 # %% ../../nbs/launch/09_nodes.ipynb #9af9333f
 class Collector:
     "Copies what the ranks of other nodes report into the first node's job folder."
@@ -80,9 +93,7 @@ class Collector:
         self.token = secrets.token_hex(8)
         self.messages: dict[str, str] = {}  # the last one of each rank
         self.positions: dict[str, int] = {}  # how much of each log is copied, in bytes
-        place.mkdir(mode=0o700, exist_ok=True)
-        if place.is_symlink() or place.stat().st_uid != os.getuid():
-            raise PermissionError(f"{place} belongs to somebody else.")
+        _make(place)
         with new_text_file(place / "token") as file:
             file.write(self.token)
 
@@ -107,12 +118,9 @@ class Collector:
         self.positions[name] = self.positions.get(name, 0) + len(new)
 
     def leave(self) -> None:
-        "Remove the rendezvous folder, which tells the other nodes; one of them may just be writing a file."
+        "Remove the rendezvous folder, by which the other nodes learn that the first one has left."
         (self.place / "token").unlink(missing_ok=True)
-        deadline = time.monotonic() + 10 * EVERY
-        while self.place.exists() and time.monotonic() < deadline:
-            shutil.rmtree(self.place, ignore_errors=True)
-            time.sleep(0 if not self.place.exists() else EVERY / 5)
+        _remove(self.place)
 
 # %% ../../nbs/launch/09_nodes.ipynb #e121328c
 def _received(message: str) -> Rank:
@@ -128,13 +136,6 @@ def _read_from(path: Path, position: int) -> bytes:  # at most 16 MiB
     with path.open("rb") as file:
         file.seek(position)
         return file.read(2**24)
-
-# %% ../../nbs/launch/09_nodes.ipynb #2545f7b8
-ALONE_GRACE = 5.0  # seconds that a rank may still run after the first one has left
-SAVE_GRACE = 120.0  # seconds, where a training is saving
-ACKNOWLEDGE_TIMEOUT = (
-    20.0  # seconds that a rank that has failed waits until the first one has left, so that no launcher ends the latter before
-)
 
 # %% ../../nbs/launch/09_nodes.ipynb #a0252e0e
 class Outbox:
@@ -199,28 +200,34 @@ class Reporter:
             self.outbox = Outbox(self.folder, self.rank, self.place, token)
         return True
 
-    @property
-    def is_alone(self) -> bool:
-        "Whether the first rank has left a while ago, and this one is still in a cell."
-        grace = SAVE_GRACE if (self.folder / "stopping").exists() else ALONE_GRACE
-        if self.left is None or time.monotonic() < self.left + grace:
-            return False
-        return any(rank.rank == self.rank and rank.status == "running" for rank in read_ranks(self.folder))
+# %% ../../nbs/launch/09_nodes.ipynb #2545f7b8
+ALONE_GRACE = 5.0  # seconds that a rank may still run after the first one has left
+SAVE_GRACE = 120.0  # seconds, where a training is saving
+ACKNOWLEDGE_TIMEOUT = 20.0  # seconds that a failed rank waits until the first one has left, so that no launcher ends that one before
 
-    @property
-    def is_awaited(self) -> bool:
-        "Whether the first rank is still there, and reads what this one has left."
-        if 0 in node_ranks():
-            return self.folder.exists()
-        return self.outbox is not None and self.left is None
+# %% ../../nbs/launch/09_nodes.ipynb #080b0613
+def is_alone(reporter: Reporter) -> bool:
+    "Whether the first rank has left a while ago, and this one is still in a cell."
+    grace = SAVE_GRACE if (reporter.folder / "stopping").exists() else ALONE_GRACE
+    if reporter.left is None or time.monotonic() < reporter.left + grace:
+        return False
+    return any(rank.rank == reporter.rank and rank.status == "running" for rank in read_ranks(reporter.folder))
 
-    def wait_until_heard(self) -> None:
-        "After a failure: until the first rank has written it down and left."
-        deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT
-        self.report(now=True)
-        while self.is_awaited and time.monotonic() < deadline:
-            time.sleep(EVERY / 5)
-            self.report()
+
+def _is_awaited(reporter: Reporter) -> bool:
+    "Whether the first rank is still there, and reads what this one reports."
+    if 0 in node_ranks():
+        return reporter.folder.exists()
+    return reporter.outbox is not None and reporter.left is None
+
+
+def wait_until_heard(reporter: Reporter) -> None:
+    "After a failure: wait until the first rank has written it down and left."
+    deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT
+    reporter.report(now=True)
+    while _is_awaited(reporter) and time.monotonic() < deadline:
+        time.sleep(EVERY / 5)
+        reporter.report()
 
 # %% ../../nbs/launch/09_nodes.ipynb #3efb8ae5
 @contextmanager

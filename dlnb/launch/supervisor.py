@@ -121,19 +121,20 @@ class RankClient(WatchedClient):
                 if index == len(self.nb.cells) - 1:
                     join_ranks(self)
             except (CellExecutionError, DeadKernelError, CellTimeoutError) as error:
-                return self.explain(index, error)
+                return explain(self, index, error)
             self.nb_man.cell_complete(cell, index)
 
-    def explain(self, index: int, error: Exception) -> None:
-        "Find out which rank failed first, and write it into the notebook."
-        ended, cell = time.time() if isinstance(error, CellExecutionError) else self.seen_alive, self.nb.cells[index]
-        time.sleep(INTERVAL)  # a rank that failed just before may still be writing
-        look = lambda: self.is_over(index, last=True)
-        look()
-        own = Rank(0, self.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
-        self.preempted = is_preempted(self.folder)
-        code = self.km.provisioner.process.poll()
-        self.ranks.failure = failure = diagnose(self.ranks, self.request, own, error, code, cell, look)
-        if failure is own and (self.preempted or shows_error(cell, own)):
-            return self.nb_man.fail(index)  # the cell shows it
-        write_failure(self.nb_man, failure, index)
+# %% ../../nbs/launch/17_supervisor.ipynb #2acc32af
+def explain(client: RankClient, index: int, error: Exception) -> None:
+    "Find out which rank failed first, and write it into the notebook."
+    ended, cell = time.time() if isinstance(error, CellExecutionError) else client.seen_alive, client.nb.cells[index]
+    time.sleep(INTERVAL)  # a rank that failed just before may still be writing
+    look = lambda: client.is_over(index, last=True)
+    look()
+    own = Rank(0, client.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
+    client.preempted = is_preempted(client.folder)
+    code = client.km.provisioner.process.poll()
+    client.ranks.failure = failure = diagnose(client.ranks, client.request, own, error, code, cell, look)
+    if failure is own and (client.preempted or shows_error(cell, own)):
+        return client.nb_man.fail(index)  # the cell shows it
+    write_failure(client.nb_man, failure, index)
