@@ -97,7 +97,7 @@ def _options() -> _Options:
 
 
 def _chosen(line: str, count: int, magic: str = "%%ranks") -> list[int] | None:
-    "The ranks that `%%ranks 0,2` names; None for all. Raises `ValueError` for others than there are."
+    "The ranks that `%%ranks 0,2` names; None for all. Raises `ValueError` for a rank that does not exist."
     words = line.replace(",", " ").split()
     if wrong := [word for word in words if word not in map(str, range(count))]:
         raise ValueError(unknown(magic, wrong[0], map(str, range(count))))

@@ -26,7 +26,7 @@ from ..system.progress import PROGRESS, ProgressWatch, collect_stacks
 
 # %% ../../nbs/launch/19_external.ipynb #90fc272c
 def job_variables(folder: Path) -> dict[str, str]:
-    "What the environment says of the job to its ranks."
+    "The environment variables by which ranks know their job."
     return {JOB: str(folder), PROGRESS: str(folder), SUPERVISOR: process_mark(os.getpid())}
 
 # %% ../../nbs/launch/19_external.ipynb #b73320ac
@@ -88,7 +88,7 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
             end_group(process.pid)
             process.wait()
     if process.returncode and is_alone(reporter):
-        raise RankError(f"rank {rank} was ended, as the first rank has left")
+        raise RankError(f"rank {rank} was ended, because the first rank has left")
     if process.returncode:
         _record_death(folder, Rank(rank, process.pid), process.returncode)
         wait_until_heard(reporter)

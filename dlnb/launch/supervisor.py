@@ -36,7 +36,7 @@ class WatchedClient(KernelClient):
         self.seen_alive = 0.0  # when the kernel was last known to live, in seconds since the epoch
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        "Run one cell, with an eye on the other ranks."
+        "Run one cell, and watch the other ranks."
         watch = asyncio.ensure_future(self.watch(cell_index))
         try:
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
@@ -87,12 +87,12 @@ def join_ranks(client: WatchedClient) -> None:
 
 # %% ../../nbs/launch/17_supervisor.ipynb #e203279d
 class RankClient(WatchedClient):
-    "Executes a notebook on all its ranks, to the end or to the first failure of any."
+    "Executes a notebook on all its ranks, to the end or to the first failure."
 
     preempted = False  # a training has saved and stopped
 
     def execute(self, **kwargs):
-        "Run all cells. The kernel's process group is gone at the end, however it comes."
+        "Run all cells. The kernel's process group is ended in any case."
         self.reset_execution_trackers()
         try:
             with signals_handled(self.request, lambda: self.group), self.setup_kernel(**kwargs):

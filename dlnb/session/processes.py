@@ -36,7 +36,7 @@ _starting = threading.Lock()
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    "The server that is started inherits it: Jupyter's interrupt goes to all that the kernel has started, and would end the server in its imports."
+    "The server that is started inherits it: Jupyter's interrupt goes to all processes of the kernel, and would end the server during its imports."
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -20,7 +20,7 @@ from .shell import session_shell
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
 class Channel:
-    "The way to the kernel, and how it interrupts."
+    "The channel to the kernel, and the signals with which the kernel interrupts."
 
     def __init__(self, connection: Any):
         self.connection = connection
@@ -66,7 +66,7 @@ def dumped(value: Any) -> bytes:
 
 
 def _described(rank: int, error: BaseException, traceback: list[str]) -> tuple[Rank, bytes | None]:
-    "What is sent of a failure: in words, and itself."
+    "What is sent of a failure: its record, and the exception where it can be pickled."
     failure = Rank(rank, os.getpid(), "failed", time=time.time(), ename=type(error).__name__, evalue=str(error), traceback=traceback)
     try:
         return failure, dumped(error)

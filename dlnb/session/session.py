@@ -225,7 +225,7 @@ class WatchedExchange(Exchange):
         return set(range(len(self.processes.processes)))
 
     def look(self) -> None:
-        "See to ranks that wait for another one, or make no progress."
+        "Look for ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
             self.abort(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
         elif self.answers.waiting and self.answers.since_failure > ABORT_AFTER:
@@ -247,7 +247,7 @@ class WatchedExchange(Exchange):
             self.answers.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
 
     def finish(self) -> None:
-        "Have all ranks meet elsewhere next time, where some have been asked to, or they have no use for the group, or no group."
+        "Have all ranks meet in a new store next time, where some have been asked to, or they are out of step, or have no group any more."
         groups = self.processes.groups
         is_spoilt = self.interrupts.number > 0 and groups.is_out_of_step
         if self.departure.left or is_spoilt or groups.store_is_stale:
@@ -270,7 +270,7 @@ class RankService:
         *request: Any,  # as `dlnb.session.serve` lists them
         ranks: Iterable[int] | None = None,  # None for all
     ) -> dict[int, bytes | None]:  # by rank
-        "Have ranks do something, and return their answers. Raises what the first of them has failed with."
+        "Have ranks do something, and return their answers. Raises the error of the rank that failed first."
         if self.ended:
             raise RankError(f"These ranks have ended ({self.ended}). Start new ones.")
         if not self.busy.acquire(blocking=False):
