@@ -49,7 +49,7 @@ class RunningRanks:
         self.temporary.cleanup()
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769
-WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
+WAITS = "NoProgress"  # the name of the failure of a rank that has not answered
 
 
 class Answers:
@@ -78,7 +78,7 @@ class Answers:
 
     @property
     def cause(self) -> tuple[Rank, bytes | None] | None:
-        "The failure that the others follow from: that of a rank which only waited where there is no other."
+        "The failure that the others follow from; one of a rank that only waited counts only where there is no other."
         reported = [failure for failure, _ in self.failures if failure.ename != WAITS]
         cause = find_cause(reported or [failure for failure, _ in self.failures])
         return next((pair for pair in self.failures if pair[0] is cause), None)
@@ -211,7 +211,7 @@ DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, o
 class WatchedExchange(Exchange):
     "Ends when the ranks cannot answer any more."
 
-    keeps_variables = True  # so that a rank which comes back late is worth waiting for
+    keeps_variables = True  # so a rank that answers late is worth waiting for
 
     def __init__(self, running: RunningRanks, ranks: set[int]):
         super().__init__(running, ranks)
@@ -234,7 +234,7 @@ class WatchedExchange(Exchange):
             self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
 
     def rescue(self) -> None:
-        "Have the ranks that have answered leave the process group, and later give the others up."
+        "Have the ranks that have answered leave the process group, and later give up the others."
         self.leave(set(self.answers.values))
         in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
         if self.answers.since_failure > ABORT_AFTER + (DEATH_PATIENCE if in_vain else PATIENCE):
