@@ -28,7 +28,7 @@ from .launch.rank_record import Rank
 from .system.display import CellText, shows_displays
 
 # %% ../nbs/09_engine.ipynb #c651baec
-AUTOSAVE = 2.0  # seconds between two writings of the output notebook, at most
+AUTOSAVE = 2.0  # seconds between two writes of the output notebook, at most
 
 # %% ../nbs/09_engine.ipynb #view0001
 def name_of(input_path: Any) -> str:  # of a notebook that papermill was given as a path, or as a node
@@ -72,7 +72,7 @@ class DlnbEngine:
         view=None,  # a function that is called with the notebook while it runs; None: in a kernel, its progress is shown in the cell
         **kwargs,
     ):
-        "Run a notebook, which holds its parameters already, and return it executed. A failure stands in the notebook."
+        "Run a notebook, which holds its parameters already, and return it executed. A failure is stored in the notebook."
         from papermill.iorw import NoIOHandler, papermill_io
 
         check_parameters(nb, nb.metadata.papermill.get("parameters") or ())
@@ -83,15 +83,23 @@ class DlnbEngine:
         every = min(autosave_cell_every, AUTOSAVE)
         manager_options = dict(progress_bar=progress_bar, log_output=log_output, autosave_cell_every=every, view=view)
         client_options = dict(log_output=log_output, timeout=execution_timeout, startup_timeout=start_timeout, **kwargs)
-        restarts = _check_restarts(parameter_value(nb, "max_restarts", 0))
-        nb.metadata.pop("dlnb", None)  # of an earlier execution
-        fresh, crashes = copy.deepcopy(nb), []
-        while crash := _attempt(nb, kernel_name, output_path, input_path, manager_options, client_options):
-            if len(crashes) == restarts:
-                break
-            crashes.append(crash)
-            _reset(nb, fresh, crashes)
+        _run_with_restarts(nb, lambda: _attempt(nb, kernel_name, output_path, input_path, manager_options, client_options))
         return nb
+
+# %% ../nbs/09_engine.ipynb #43e5d829
+def _run_with_restarts(
+    nb,
+    attempt: Callable[[], str | None],  # runs the notebook once; returns what has crashed it, None for an end that is final
+) -> None:
+    "Run a notebook, and restart it after a crash, at most `max_restarts` times."
+    restarts = _check_restarts(parameter_value(nb, "max_restarts", 0))
+    nb.metadata.pop("dlnb", None)  # of an earlier execution
+    fresh, crashes = copy.deepcopy(nb), []
+    while crash := attempt():
+        if len(crashes) == restarts:
+            break
+        crashes.append(crash)
+        _reset(nb, fresh, crashes)
 
 # %% ../nbs/09_engine.ipynb #8277c457
 def _attempt(nb, kernel_name, output_path, input_path, manager_options: dict, client_options: dict) -> str | None:
@@ -136,7 +144,7 @@ def _supervise(
 
 # %% ../nbs/09_engine.ipynb #19e27c56
 def _status(client: Any, error: BaseException | None) -> str:
-    "The word for the end of an execution."
+    "How an execution ended, in one word."
     if client.preempted:
         return "preempted"
     if client.request.signal:
@@ -146,12 +154,12 @@ def _status(client: Any, error: BaseException | None) -> str:
 # %% ../nbs/09_engine.ipynb #d581c7ea
 def _check_restarts(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ParameterError(f"max_restarts={value!r} must be a number from 0 on: how often a crashed notebook is started again.")
+        raise ParameterError(f"max_restarts={value!r} must be an integer, 0 or more: how often a crashed notebook is started again.")
     return 0 if external_rank() is not None else value  # torchrun --max-restarts does that itself
 
 
 def _reset(nb, fresh, crashes: list[str]) -> None:
-    "Make a notebook that has crashed as it was, but for a word on what happened, at its top."
+    "Restore a notebook that has crashed, with a note on what happened at its top."
     from papermill.log import logger
 
     lines = [f"Attempt {number} crashed: {crash}" for number, crash in enumerate(crashes, 1)]

@@ -19,6 +19,20 @@ from .session.session import Session
 from .strategy import prepare_deepspeed
 from .training.on_ranks import preloaded
 
+# %% ../nbs/13_ranks.ipynb #fafd03d9
+def _start(hardware: Hardware) -> Session:
+    preload = preloaded(hardware)
+    session = Session(hardware.world_size, preload=("dlnb.trainer", *preload))
+    if preload:
+        session.call(prepare_deepspeed, hardware.accelerator)
+    return session
+
+
+def _check_outside() -> None:
+    "Raise `ValueError` in a rank, which cannot start others."
+    if place := own_place():
+        raise ValueError(f"This is rank {place.rank} of {place.world_size} already. `%ranks --manual` has cells run in the kernel again.")
+
 # %% ../nbs/13_ranks.ipynb #39d3cd69
 class Ranks:
     """Processes with a namespace each, which run cells.
@@ -31,27 +45,17 @@ class Ranks:
         strategy: str = "auto",  # of the trainings in them; a variable there
         accelerator: str = "auto",
     ):
-        if place := own_place():
-            raise ValueError(
-                f"This is rank {place.rank} of {place.world_size} already. `%ranks --manual` has cells run in the kernel again."
-            )
+        _check_outside()
         self.hardware = Hardware(devices=devices, strategy=strategy, accelerator=accelerator).resolved
-        preload = preloaded(self.hardware)
-        self.session = Session(self.hardware.world_size, preload=("dlnb.trainer", *preload))  # what a cell calls first, often `fit`
-        if preload:
-            self.session.call(prepare_deepspeed, self.hardware.accelerator)
+        self.session = _start(self.hardware)
         for name in ("strategy", "devices", "accelerator"):
             self[name] = getattr(self.hardware, name)
 
     def __len__(self) -> int:
         return self.hardware.world_size
 
-    def run(
-        self,
-        source: str,  # a cell
-        ranks: Iterable[int] | None = None,  # None for all
-    ) -> None:
-        "Run a cell. Its output is shown here, and what it raises is raised here."
+    def run(self, source: str, ranks: Iterable[int] | None = None) -> None:
+        "Run a cell on these ranks, or on all. Its output is shown here, and what it raises is raised here."
         self.session.request("cell", source, ranks=ranks)
 
     def __getitem__(self, expression: str) -> list[Any]:
@@ -93,7 +97,7 @@ def _options() -> _Options:
 
 
 def _chosen(line: str, count: int, magic: str = "%%ranks") -> list[int] | None:
-    "The ranks that `%%ranks 0,2` names; None for all. Raises `ValueError` for others than there are."
+    "The ranks that `%%ranks 0,2` names; None for all. Raises `ValueError` for a rank that does not exist."
     words = line.replace(",", " ").split()
     if wrong := [word for word in words if word not in map(str, range(count))]:
         raise ValueError(unknown(magic, wrong[0], map(str, range(count))))
@@ -107,6 +111,12 @@ def send_to_ranks(lines: list[str]) -> list[str]:
     "A cell's lines, as one for all ranks; not those of a cell that is about the ranks, which the kernel runs."
     about_ranks = any(line.lstrip().startswith(_ABOUT_RANKS) for line in lines)
     return lines if about_ranks or not "".join(lines).strip() else ["%%ranks\n", *lines]
+
+
+def set_auto(shell: Any, auto: bool) -> None:
+    "Have every cell sent to the ranks, or no longer."
+    transformers = shell.input_transformers_cleanup
+    transformers[:] = [transformer for transformer in transformers if transformer is not send_to_ranks] + [send_to_ranks] * auto
 
 # %% ../nbs/13_ranks.ipynb #fbed39d4
 class RankMagics:
@@ -126,7 +136,7 @@ class RankMagics:
         elif given.debug is not None:
             self.started().debug(*_chosen(str(given.debug), len(self.started()), "%ranks --debug"))
         if given.auto or given.manual or given.stop:
-            self.send_all(given.auto)
+            set_auto(self.shell, given.auto)
         return self.ranks if line.strip() == "" else None
 
     def start(self, given: Any) -> None:
@@ -140,11 +150,6 @@ class RankMagics:
         if self.ranks is None:
             raise ValueError("There are no ranks yet. `%ranks 2` starts two.")
         return self.ranks
-
-    def send_all(self, on: bool) -> None:
-        "Whether every cell is one for the ranks."
-        rewriting = self.shell.input_transformers_cleanup
-        rewriting[:] = [step for step in rewriting if step is not send_to_ranks] + [send_to_ranks] * on
 
     def cell(self, line: str, cell: str) -> None:
         "`%%ranks`"

@@ -37,7 +37,7 @@ from ..system.processes import Process, began_at, machine
 
 # %% ../../nbs/launch/22_background.ipynb #57604d26
 JOBS = ".jobs"  # the folder of the jobs, in the root of the runs
-HEARD = 60.0  # seconds since its notebook was written, within which a job of another machine counts as running; that is no heartbeat
+HEARD = 60.0  # seconds since its notebook was written, within which a job of another machine counts as running; this is not a heartbeat
 
 
 class Launched(NamedTuple):
@@ -87,7 +87,7 @@ class StoredJob:
 
     @property
     def notebook(self) -> Path:
-        "The output notebook, which is there as soon as the first cell begins."
+        "The output notebook, which is there as soon as the first cell starts."
         return Path(self.record.directory) / self.record.output
 
     @property
@@ -188,7 +188,7 @@ class WatchedJob(ObservedJob):
         return f"{Path(self.record.notebook).name} · {status} · {lines}"
 
     def last_words(self) -> list[str]:
-        "The last lines that papermill has reported beside the notebook."
+        "The last lines of papermill's log."
         text = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
         return tail_of([{"output_type": "stream", "text": text}])
 
@@ -222,7 +222,7 @@ def show(job: WatchedJob) -> None:
 
 # %% ../../nbs/launch/22_background.ipynb #9289fb2f
 def end_of(job: WatchedJob) -> Launched:
-    "What came of a job that has ended, or the error that ended it."
+    "The result of a job that has ended, or the error that ended it."
     from papermill.exceptions import PapermillExecutionError
 
     status, notebook = job.status, job.read_output()
@@ -235,7 +235,7 @@ def end_of(job: WatchedJob) -> Launched:
 
 # %% ../../nbs/launch/22_background.ipynb #b90036d0
 class Job(WatchedJob):
-    "A notebook that a process of its own executes."
+    "A notebook that a separate process executes."
 
     def show(self) -> None:
         "Show the job in this cell until it ends. Interrupt the cell, and the job continues."
@@ -281,7 +281,7 @@ def _root(notebook: Any, parameters: Mapping[str, Any]) -> Path:
 
 
 def _new_folder(jobs: Path, name: str) -> Path:
-    "A folder whose name says when and what, and that nobody else has."
+    "A new folder, named after the time and the notebook."
     jobs.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(tempfile.mkdtemp(prefix=f"{stamp}-{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)[:40]}-", dir=jobs))
@@ -293,7 +293,7 @@ def start_job(
     parameters: Mapping[str, Any],
     root: str | Path | None = None,  # of the runs, below which the job is kept; None: as the parameters say
 ) -> Job:
-    "Start a notebook in a process of its own. Raises `ParameterError` before, for what it cannot be given."
+    "Start a notebook in a separate process. Raises `ParameterError` before that, for parameters that it cannot be given."
     from papermill.iorw import load_notebook_node
 
     node, path = load_notebook_node(str(notebook)), Path(notebook)
@@ -312,7 +312,7 @@ def start_job(
 def jobs(
     root: str | Path = "runs",  # of the runs
 ) -> list[Job]:  # the newest first
-    "The jobs that were started with `wait=False`, by whatever kernel, as they are now."
+    "The jobs that were started with `wait=False`, by any kernel, as they are now."
     found = []
     for path in sorted((Path(root).expanduser() / JOBS).absolute().glob("*/job.json"), reverse=True):
         try:

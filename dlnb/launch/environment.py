@@ -12,7 +12,7 @@ from ..system.display import is_voila
 
 # %% ../../nbs/launch/00_environment.ipynb #69e6d05e
 def external_rank() -> int | None:
-    "This process's rank where a launcher (torchrun, srun) has started all the ranks; None where nobody has."
+    "This process's rank where a launcher (torchrun, srun) has started all the ranks; None without a launcher."
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return int(os.environ["RANK"])
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
@@ -27,11 +27,11 @@ def is_first() -> bool:
 
 
 def job_environment() -> dict[str, str]:
-    "The environment for a new job: without what a training in this very process has left in it."
+    "The environment for a new job: without what a training in this process has left in it."
     environment = dict(os.environ)
     if external_rank() is None and "LOCAL_RANK" in environment:
         for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
             environment.pop(name, None)
     if is_voila():
-        del environment["SERVER_SOFTWARE"]  # a job is no page
+        del environment["SERVER_SOFTWARE"]  # a job is not a page
     return environment

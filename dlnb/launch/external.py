@@ -16,7 +16,7 @@ from ..errors import TEMPORARY_FAILURE, RankError
 from .failure import find_failure
 from .lifeline import SUPERVISOR
 from .logs import LogFollower
-from .nodes import Reporter
+from .nodes import Reporter, is_alone, wait_until_heard
 from .rank_record import LINGER, Rank, read_ranks
 from .stop_request import SCHEDULERS, StopRequest, signals_handled
 from ..system.job import JOB, await_job_folder, is_preempted
@@ -26,7 +26,7 @@ from ..system.progress import PROGRESS, ProgressWatch, collect_stacks
 
 # %% ../../nbs/launch/19_external.ipynb #90fc272c
 def job_variables(folder: Path) -> dict[str, str]:
-    "What the environment says of the job to its ranks."
+    "The environment variables by which ranks know their job."
     return {JOB: str(folder), PROGRESS: str(folder), SUPERVISOR: process_mark(os.getpid())}
 
 # %% ../../nbs/launch/19_external.ipynb #b73320ac
@@ -76,7 +76,7 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
     follower, watch, request = LogFollower(folder, rank), ProgressWatch(folder), StopRequest()
     with guard(process.pid), signals_handled(request, lambda: process.pid, SCHEDULERS):
         try:
-            while process.poll() is None and not (request.signal and _is_hopeless(folder)) and not reporter.is_alone:
+            while process.poll() is None and not (request.signal and _is_hopeless(folder)) and not is_alone(reporter):
                 sys.stderr.write(follower.read())
                 reporter.report()
                 if watch.look() and _record_hang(folder, rank, process.pid, watch):
@@ -87,11 +87,11 @@ def run_external_rank(folder: Path, rank: int, notebook: str, reporter: Reporter
                 sys.stderr.write(text)
             end_group(process.pid)
             process.wait()
-    if process.returncode and reporter.is_alone:
-        raise RankError(f"rank {rank} was ended, as the first rank has left")
+    if process.returncode and is_alone(reporter):
+        raise RankError(f"rank {rank} was ended, because the first rank has left")
     if process.returncode:
         _record_death(folder, Rank(rank, process.pid), process.returncode)
-        reporter.wait_until_heard()
+        wait_until_heard(reporter)
         failure = find_failure(folder)
         if is_preempted(folder):
             sys.exit(TEMPORARY_FAILURE)

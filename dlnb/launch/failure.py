@@ -20,7 +20,7 @@ from ..system.processes import began_at, describe_exit, exit_status
 def find_failure(
     folder: Path,  # the job folder
 ) -> Rank | None:
-    "The rank that failed first, by its own record or by having died; None while all are well."
+    "The rank that failed first, by its own record or by having died; None as long as no rank has failed."
     dead = {rank.pid for rank in read_ranks(folder) if rank.status == "running" and not rank.host and began_at(rank.pid) is None}
     ranks = read_ranks(folder)  # once more: one may have written how it ended and left in between
     for rank in ranks:
@@ -56,14 +56,14 @@ def is_consequence(
 def find_cause(
     failures: list[Rank],
 ) -> Rank | None:
-    "The failure that the others follow from: the first one, but for lost connections and ranks that others may have killed."
+    "The failure that the others follow from: the first one, except for lost connections and ranks that others may have killed."
     return min(failures, key=lambda failure: (distance_from_cause(failure), failure.time), default=None)
 
 # %% ../../nbs/launch/03_failure.ipynb #3c5c0c61
 def exited_early(
     folder: Path,  # the job folder
 ) -> list[Rank]:
-    "The ranks that have left before the notebook's end, by `sys.exit(0)`: no failures, but others may wait for them."
+    "The ranks that have left before the notebook's end, by `sys.exit(0)`: not failures, but others may wait for them."
     left = [rank for rank in read_ranks(folder) if rank.status == "finished" and rank.ename == LEFT["ename"]]
     return [replace(rank, evalue="it left here with sys.exit(0), and the others waited for it") for rank in left]
 

@@ -19,7 +19,7 @@ from .shell import leave_interactive, report_interrupts, send_all_output
 
 # %% ../../nbs/launch/08_kernel.ipynb #f0ea6fce
 class AfterImport(MetaPathFinder):
-    "Changes a module as soon as it has been imported; stands in `sys.meta_path` until then."
+    "Changes a module as soon as it has been imported; until then it is in `sys.meta_path`."
 
     def __init__(
         self,

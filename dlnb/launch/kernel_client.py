@@ -17,16 +17,14 @@ from traitlets.config import Config
 from .manager import NotebookManager
 from .widgets import keep_shown_widgets
 
-# %% ../../nbs/launch/13_kernel_client.ipynb #e4eff31c
-PROLOGUE = "from dlnb.launch.kernel import prepare_kernel; prepare_kernel({script!r})"
-FIRST_LINE = "__import__('dlnb.launch.lifeline').launch.lifeline.end_with_supervisor()"  # before the kernel is asked for anything
+# %% ../../nbs/launch/13_kernel_client.ipynb #24e96b68
 NO_TIMEOUT = 10**9  # seconds
 
-# %% ../../nbs/launch/13_kernel_client.ipynb #24e96b68
+
 class _LastOutputs:
     "What nbclient awaits when a cell has ended: its outputs, which may take as long as they like while they are coming."
 
-    def __init__(self, client: "KernelClient", outputs: asyncio.Future):
+    def __init__(self, client: "OutputClient", outputs: asyncio.Future):
         self.client, self.outputs = client, outputs
 
     def __await__(self):
@@ -43,32 +41,13 @@ class _LastOutputs:
         self.outputs.result()
 
 # %% ../../nbs/launch/13_kernel_client.ipynb #e8863537
-class KernelClient(PapermillNotebookClient):
-    "papermill's client, with a kernel that can start other ranks."
+class OutputClient(PapermillNotebookClient):
+    "papermill's client, with outputs that stay small, and a wait for the last ones."
 
-    def __init__(
-        self,
-        nb_man: NotebookManager,
-        folder: Path,  # the job folder
-        **kwargs,  # for papermill's client
-    ):
-        super().__init__(nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs)
-        self.folder = folder
-        self.extra_arguments = [*self.extra_arguments, f"--IPKernelApp.exec_lines={FIRST_LINE}"]
+    def __init__(self, nb_man: NotebookManager, **kwargs):
+        super().__init__(nb_man, **kwargs)
         self.messages = 0  # that the kernel has sent
         self.silence, self.iopub_timeout = self.iopub_timeout, NO_TIMEOUT  # seconds
-
-    def prepare_kernel(self) -> None:
-        "Prepare the kernel. Raises `RuntimeError` where dlnb is not installed beside it."
-        reply = self.wait_for_reply(self.kc.execute(PROLOGUE.format(script=str(self.folder / "rank.py")), silent=True))
-        if reply["content"]["status"] == "error":
-            reason = f"{reply['content']['ename']}: {reply['content']['evalue']}"
-            raise RuntimeError(f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs.")
-
-    def start_new_kernel_client(self):
-        "Connect with the kernel, such that no output is dropped because many others wait to be read."
-        self.km.context.setsockopt(zmq.RCVHWM, 0)
-        return super().start_new_kernel_client()
 
     def output(self, outs, msg, display_id, cell_index):
         "Add an output, a stream's text to the stream, which nbclient would have validated: that takes most of its time."
@@ -103,3 +82,33 @@ class KernelClient(PapermillNotebookClient):
         "Keep in the file what its outputs show."
         self.widget_state = keep_shown_widgets(self.nb, self.widget_state)
         super().set_widgets_metadata()
+
+# %% ../../nbs/launch/13_kernel_client.ipynb #e4eff31c
+PROLOGUE = "from dlnb.launch.kernel import prepare_kernel; prepare_kernel({script!r})"
+FIRST_LINE = "__import__('dlnb.launch.lifeline').launch.lifeline.end_with_supervisor()"  # before the kernel is asked for anything
+
+
+class KernelClient(OutputClient):
+    "papermill's client, with a kernel that can start other ranks."
+
+    def __init__(
+        self,
+        nb_man: NotebookManager,
+        folder: Path,  # the job folder
+        **kwargs,  # for papermill's client
+    ):
+        super().__init__(nb_man, config=Config(KernelManager={"transport": "ipc", "ip": str(folder / "kernel")}), **kwargs)
+        self.folder = folder
+        self.extra_arguments = [*self.extra_arguments, f"--IPKernelApp.exec_lines={FIRST_LINE}"]
+
+    def prepare_kernel(self) -> None:
+        "Prepare the kernel. Raises `RuntimeError` where dlnb is not installed beside it."
+        reply = self.wait_for_reply(self.kc.execute(PROLOGUE.format(script=str(self.folder / "rank.py")), silent=True))
+        if reply["content"]["status"] == "error":
+            reason = f"{reply['content']['ename']}: {reply['content']['evalue']}"
+            raise RuntimeError(f"The kernel {self.kernel_name!r} cannot use dlnb ({reason}). Install dlnb where it runs.")
+
+    def start_new_kernel_client(self):
+        "Connect with the kernel, such that no output is dropped because many others wait to be read."
+        self.km.context.setsockopt(zmq.RCVHWM, 0)
+        return super().start_new_kernel_client()

@@ -58,7 +58,7 @@ class LogFollower:
     def read(
         self,
         last: bool = False,  # an unfinished line counts too
-    ) -> str:  # new lines, each with its rank; of very much output a part, until there is none
+    ) -> str:  # new lines, each with its rank; only a part where there is very much
         "What the ranks have printed since the last call."
         for path in job_files(self.folder, self.pattern):
             with suppress(FileNotFoundError):

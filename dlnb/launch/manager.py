@@ -50,8 +50,8 @@ class Streams:
             self.terminal.settle()
 
 # %% ../../nbs/launch/12_manager.ipynb #1cc63ae8
-AUTOSAVE_SHARE = 0.05  # of the time, at most, goes into writing the output notebook while a cell runs
-COST = 30e-9  # seconds to write a character more, about
+AUTOSAVE_SHARE = 0.05  # of the time, at most, is spent on writing the output notebook while a cell runs
+COST = 30e-9  # seconds to write one more character, about
 
 # %% ../../nbs/launch/12_manager.ipynb #224d05d6
 class SavedNotebook(Streams, NotebookExecutionManager):
@@ -69,7 +69,7 @@ class SavedNotebook(Streams, NotebookExecutionManager):
             self.save()
 
     def save(self, **kwargs) -> None:
-        "Write the output notebook. A disk that is full for a while must not end a training: only the end insists."
+        "Write the output notebook. A disk that is full for a while must not end a training: it is an error only at the end."
         began = time.monotonic()
         self.settle()
         if self.job is not None:

@@ -17,7 +17,7 @@ from .rank_record import CAUSE_GRACE, Rank, read_ranks
 from ..system.progress import ProgressWatch, collect_stacks
 
 # %% ../../nbs/launch/15_rank_watch.ipynb #302227fb
-GRACE = 1.5  # seconds for the kernel to tell its own story after another rank has failed
+GRACE = 1.5  # seconds for the kernel to report its own error after another rank has failed
 KILL_GRACE = 8.0  # the same after another rank was killed: by Lightning, perhaps, as the kernel was interrupted
 OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to report which one is the root cause
 
@@ -30,7 +30,7 @@ class RankWatch:
         self.failure: Rank | None = None  # the cause, as far as it is known
 
     def read_output(self, last: bool = False) -> Iterator[str]:
-        "What the ranks have printed since the last look; to its very end at the `last` one."
+        "What the ranks have printed since the last look; to its end at the `last` one."
         while text := self.logs.read(last):
             yield text
             if not last:

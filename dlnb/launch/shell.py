@@ -12,7 +12,7 @@ import sys
 def make_shell(
     **classes: type,  # what it displays with, as IPython names them
 ):
-    "IPython's shell without a terminal: displays nothing, if nothing else is given, and keeps the last traceback."
+    "IPython's shell without a terminal: by default it displays nothing, and it keeps the last traceback."
     from IPython.core.displaypub import DisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
 
@@ -27,9 +27,9 @@ def make_shell(
         def _showtraceback(self, etype, evalue, stb) -> None:
             self.failure = {"ename": etype.__name__, "evalue": str(evalue), "traceback": stb}
 
-    # Formatting a figure for nobody costs time.
+    # Formatting a figure that nobody sees costs time.
     shell = RankShell.instance(**{"display_pub_class": SilentPublisher} | classes)
-    shell.history_manager.enabled = False  # nothing of a rank goes into the user's history
+    shell.history_manager.enabled = False  # a rank's cells do not go into the user's history
     shell.display_formatter.active_types = ["text/plain"]
     report_interrupts(shell)
     leave_interactive(sys.argv[0])
@@ -67,6 +67,6 @@ def send_all_output(kernel) -> None:
 def leave_interactive(
     script: str,  # what Lightning starts for every other rank
 ) -> None:
-    "Make Lightning take this process for a script: it refuses ddp and deepspeed where `sys.ps1` is."
+    "Make Lightning take this process for a script: it refuses ddp and deepspeed where `sys.ps1` is set."
     sys.__dict__.pop("ps1", None)
     sys.argv[:] = [script]

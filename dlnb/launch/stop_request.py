@@ -21,7 +21,7 @@ STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before
 
 
 class StopRequest:
-    "The signal that asked for an end, if one did, and the time that the ranks have since."
+    "The signal that asked for an end, if one did, and how long the ranks may still run."
 
     def __init__(self) -> None:
         self.signal: int | None = None

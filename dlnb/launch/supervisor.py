@@ -36,7 +36,7 @@ class WatchedClient(KernelClient):
         self.seen_alive = 0.0  # when the kernel was last known to live, in seconds since the epoch
 
     async def async_execute_cell(self, cell, cell_index, *args, **kwargs):
-        "Run one cell, with an eye on the other ranks."
+        "Run one cell, and watch the other ranks."
         watch = asyncio.ensure_future(self.watch(cell_index))
         try:
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
@@ -87,12 +87,12 @@ def join_ranks(client: WatchedClient) -> None:
 
 # %% ../../nbs/launch/17_supervisor.ipynb #e203279d
 class RankClient(WatchedClient):
-    "Executes a notebook on all its ranks, to the end or to the first failure of any."
+    "Executes a notebook on all its ranks, to the end or to the first failure."
 
     preempted = False  # a training has saved and stopped
 
     def execute(self, **kwargs):
-        "Run all cells. The kernel's process group is gone at the end, however it comes."
+        "Run all cells. The kernel's process group is ended in any case."
         self.reset_execution_trackers()
         try:
             with signals_handled(self.request, lambda: self.group), self.setup_kernel(**kwargs):
@@ -121,19 +121,20 @@ class RankClient(WatchedClient):
                 if index == len(self.nb.cells) - 1:
                     join_ranks(self)
             except (CellExecutionError, DeadKernelError, CellTimeoutError) as error:
-                return self.explain(index, error)
+                return explain(self, index, error)
             self.nb_man.cell_complete(cell, index)
 
-    def explain(self, index: int, error: Exception) -> None:
-        "Find out which rank failed first, and write it into the notebook."
-        ended, cell = time.time() if isinstance(error, CellExecutionError) else self.seen_alive, self.nb.cells[index]
-        time.sleep(INTERVAL)  # a rank that failed just before may still be writing
-        look = lambda: self.is_over(index, last=True)
-        look()
-        own = Rank(0, self.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
-        self.preempted = is_preempted(self.folder)
-        code = self.km.provisioner.process.poll()
-        self.ranks.failure = failure = diagnose(self.ranks, self.request, own, error, code, cell, look)
-        if failure is own and (self.preempted or shows_error(cell, own)):
-            return self.nb_man.fail(index)  # the cell shows it
-        write_failure(self.nb_man, failure, index)
+# %% ../../nbs/launch/17_supervisor.ipynb #2acc32af
+def explain(client: RankClient, index: int, error: Exception) -> None:
+    "Find out which rank failed first, and write it into the notebook."
+    ended, cell = time.time() if isinstance(error, CellExecutionError) else client.seen_alive, client.nb.cells[index]
+    time.sleep(INTERVAL)  # a rank that failed just before may still be writing
+    look = lambda: client.is_over(index, last=True)
+    look()
+    own = Rank(0, client.group, time=ended, ename=getattr(error, "ename", ""), evalue=getattr(error, "evalue", ""))
+    client.preempted = is_preempted(client.folder)
+    code = client.km.provisioner.process.poll()
+    client.ranks.failure = failure = diagnose(client.ranks, client.request, own, error, code, cell, look)
+    if failure is own and (client.preempted or shows_error(cell, own)):
+        return client.nb_man.fail(index)  # the cell shows it
+    write_failure(client.nb_man, failure, index)

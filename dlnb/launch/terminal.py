@@ -15,49 +15,21 @@ CONTROLS = re.compile(r"[\r\x1b](?:(?<=\r)\r*|\[(\d*)([AK]))")  # these, or a ca
 OVERWRITTEN = re.compile(r"\r[^\r\n\x1b]+(?=\r+[^\r\n\x1b])")  # by what comes after the next carriage return
 UNFINISHED = re.compile(r"\x1b(\[\d*)?\Z")
 
-# %% ../../nbs/launch/10_terminal.ipynb #13cbb743
-class Terminal:
-    "Prints into a stream's output as a terminal does: what comes after a carriage return takes the place of what was there."
+# %% ../../nbs/launch/10_terminal.ipynb #be4802fa
+def _as_text(rows: list[list[str]]) -> str:
+    return "\n".join("".join(pieces) for pieces in rows)
 
-    def __init__(
-        self,
-        output,  # a stream, an nbformat.NotebookNode; `settle` brings its text up to date
-    ):
-        self.output = output
+
+class Screen:
+    "The lines that a terminal shows, of which the last ones can still change."
+
+    def __init__(self) -> None:
         self.settled: list[str] = []  # what the cursor does not reach any more, in pieces
         self.rows: list[list[str]] = [[]]  # the last lines, each in pieces
         self.row = 0  # the cursor's line
         self.returned = False  # whether the cursor is at the line's beginning, where printing replaces the line
-        self.held = ""  # the beginning of a control sequence whose end is still to come
-        self.write(output.text)
 
-    def write(self, text: str) -> None:
-        "Print a text, which may end anywhere."
-        text = (self.held + text).replace("\r\n", "\n")
-        self.held = unfinished[0] if (unfinished := UNFINISHED.search(text, max(0, len(text) - 8))) else ""
-        text, position = text[: len(text) - len(self.held)], 0
-        if "\r" in text:
-            text = OVERWRITTEN.sub("", text)
-        for control in (CONTROLS if "\r" in text else MOVES).finditer(text):  # the latter is found ten times as fast
-            self._print(text[position : control.start()])
-            self._move(control)
-            position = control.end()
-        self._print(text[position:])
-
-    def settle(self) -> None:
-        "Make the output's text what the terminal shows."
-        self.settled = ["".join(self.settled)]
-        self.output.text = self.settled[0] + _as_text(self.rows) + self.held
-
-    def _move(self, control: re.Match) -> None:
-        if control[2] is None:
-            self.returned = True
-        elif control[2] == "A":
-            self.row = max(0, self.row - int(control[1] or 1))
-        elif control[1] == "2" or self.returned:
-            self.rows[self.row] = []
-
-    def _print(self, text: str) -> None:
+    def print(self, text: str) -> None:
         first, *lines = text.split("\n")
         self._put(first)
         if len(lines) > REACH and self.row == len(self.rows) - 1:
@@ -82,6 +54,42 @@ class Terminal:
             self.rows[self.row].append(text)
             self.returned = False
 
-# %% ../../nbs/launch/10_terminal.ipynb #be4802fa
-def _as_text(rows: list[list[str]]) -> str:
-    return "\n".join("".join(pieces) for pieces in rows)
+# %% ../../nbs/launch/10_terminal.ipynb #be37e6da
+def _move(screen: Screen, control: re.Match) -> None:
+    if control[2] is None:
+        screen.returned = True
+    elif control[2] == "A":
+        screen.row = max(0, screen.row - int(control[1] or 1))
+    elif control[1] == "2" or screen.returned:
+        screen.rows[screen.row] = []
+
+# %% ../../nbs/launch/10_terminal.ipynb #13cbb743
+class Terminal:
+    "Prints into a stream's output as a terminal does: what comes after a carriage return takes the place of what was there."
+
+    def __init__(
+        self,
+        output,  # a stream, an nbformat.NotebookNode; `settle` brings its text up to date
+    ):
+        self.output, self.screen = output, Screen()
+        self.held = ""  # the beginning of a control sequence whose end is still to come
+        self.write(output.text)
+
+    def write(self, text: str) -> None:
+        "Print a text, which may end anywhere."
+        text = (self.held + text).replace("\r\n", "\n")
+        self.held = unfinished[0] if (unfinished := UNFINISHED.search(text, max(0, len(text) - 8))) else ""
+        text, position = text[: len(text) - len(self.held)], 0
+        if "\r" in text:
+            text = OVERWRITTEN.sub("", text)
+        for control in (CONTROLS if "\r" in text else MOVES).finditer(text):  # the latter is found ten times as fast
+            self.screen.print(text[position : control.start()])
+            _move(self.screen, control)
+            position = control.end()
+        self.screen.print(text[position:])
+
+    def settle(self) -> None:
+        "Make the output's text what the terminal shows."
+        screen = self.screen
+        screen.settled = ["".join(screen.settled)]
+        self.output.text = screen.settled[0] + _as_text(screen.rows) + self.held

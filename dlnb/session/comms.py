@@ -13,7 +13,7 @@ from typing import Any
 def send_comms(
     send: Callable[[tuple], None],  # takes ("comm", message type, id, data, metadata, buffers, target's name)
 ) -> None:
-    "Have the comms of this rank speak through the kernel."
+    "Send the comms of this rank through the kernel."
     import comm
     from comm.base_comm import BaseComm
 

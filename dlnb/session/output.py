@@ -32,7 +32,7 @@ class Output:
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def read(self, last: bool = False) -> str:
-        "What was printed since the last time."
+        "What was printed since the last call."
         if self.own is None and self.path.exists():
             self.own = self.path.open("rb")
         text = self.decode(self.own.read()) if self.own else ""

@@ -24,10 +24,10 @@ from ..system.progress import PROGRESS
 
 # %% ../../nbs/session/00_place.ipynb #479a6f62
 class Resources(NamedTuple):
-    "What of the machine a group of ranks may use."
+    "The part of the machine that a group of ranks may use."
 
-    devices: str | None = None  # what CUDA_VISIBLE_DEVICES shall say; None leaves it
-    cores: tuple[int, ...] = ()  # for computing and loading; none for all
+    devices: str | None = None  # the value of CUDA_VISIBLE_DEVICES; None leaves it as it is
+    cores: tuple[int, ...] = ()  # for computing and loading; empty for all
 
 
 class Place(NamedTuple):
@@ -52,7 +52,7 @@ def rank_environment(
     rank: int,
     world_size: int,
     port: int,  # of the store, on this machine
-    devices: str | None = None,  # what CUDA_VISIBLE_DEVICES shall say; None leaves it
+    devices: str | None = None,  # the value of CUDA_VISIBLE_DEVICES; None leaves it as it is
 ) -> dict[str, str]:
     "This process's environment, as a launcher would make it for a rank."
     environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RANKS}
@@ -78,7 +78,7 @@ _own: Place | None = None
 
 
 def own_place() -> Place | None:
-    "What makes this process a rank; None where it is none that another process has started."
+    "What makes this process a rank; None where no other process has made it one."
     return _own
 
 
@@ -111,7 +111,7 @@ def has_process_group() -> bool:
 
 def leave_process_group(
     port: int,  # of the store for the next one
-    is_served: bool,  # by somebody else than rank 0
+    is_served: bool,  # by a process other than rank 0
 ) -> None:
     "End the process group, where there is one, and say where the next one meets."
     if has_process_group():

@@ -36,7 +36,7 @@ _starting = threading.Lock()
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    "The server that is started inherits it: Jupyter's interrupt goes to all that the kernel has started, and would end the server in its imports."
+    "The server that is started inherits it: Jupyter's interrupt goes to all processes of the kernel, and would end the server during its imports."
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -56,23 +56,58 @@ def _without_main() -> Iterator[None]:
             main |= kept
 
 # %% ../../nbs/session/01_processes.ipynb #b529fb90
-# What a rank needs to begin, to answer, and to show its first traceback.
-PRELOAD = ("torch", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
-
-
 class Died(NamedTuple):
     "The message of a rank whose process is gone."
 
     how: str
 
-# %% ../../nbs/session/01_processes.ipynb #bee8fd21
-class RankProcesses:
-    "One process per rank, each with a channel to this one."
+
+class RankProcess:
+    "The process of one rank, and the channel to it."
+
+    def __init__(self, place: Place, function: Callable[..., None], arguments: tuple):
+        context, self.has_died = get_context("forkserver"), False
+        self.channel, theirs = context.Pipe()
+        self.process = context.Process(target=_run, args=(function, place, theirs, arguments), name=f"rank-{place.rank}")
+        with _without_main(), _interrupts_blocked():
+            self.process.start()
+        theirs.close()
+        self.pid: int = self.process.pid
+
+    def send(self, message: Any) -> None:
+        "Send to the rank. If it has died, the message is dropped, and `receive` reports the death."
+        with suppress(OSError):
+            self.channel.send(message)
+
+    def receive(self) -> Any:
+        "What the rank has sent, or `Died`."
+        try:
+            return self.channel.recv()
+        except (EOFError, OSError):
+            self.has_died = True
+            self.process.join(5)
+            return Died(f"its process {describe_exit(self.process.exitcode)}")
+
+    def signal(self, number: int) -> None:
+        "Send a signal to the rank, not to what loads its data."
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def end(self) -> None:
+        "Kill the rank, and what loads its data."
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)  # it may not have a group yet
+        self.process.join()
+        self.process.close()
+
+# %% ../../nbs/session/01_processes.ipynb #1e650f92
+class ProcessGroups:
+    "The process groups of the ranks: the stores in which they meet, and how many collectives each rank has begun."
 
     def __init__(self) -> None:
-        self.processes, self.channels, self.stores = [], [], []
-        self.gone: set[int] = set()
-        self.begun: dict[int, dict[str, int]] = {}  # by rank, collectives in each of its process groups, by its last word
+        self.stores: list[Any] = []  # the last one is in use
+        self.begun: dict[int, dict[str, int]] = {}  # by rank, collectives in each of its process groups, by its last answer
 
     def open_store(self) -> int:
         "Serve a new store for the ranks to meet in, and return its port."
@@ -92,6 +127,18 @@ class RankProcesses:
         numbers = {pair for groups in self.begun.values() for pair in groups.items()}
         return len({name for name, _ in numbers}) < len(numbers)
 
+# %% ../../nbs/session/01_processes.ipynb #fd0ca351
+# What a rank needs to start, to answer, and to show its first traceback.
+PRELOAD = ("torch", "cloudpickle", "psutil", "stack_data", "IPython.core.interactiveshell")
+
+# %% ../../nbs/session/01_processes.ipynb #bee8fd21
+class RankProcesses:
+    "One process per rank, and their process groups."
+
+    def __init__(self) -> None:
+        self.processes: list[RankProcess] = []
+        self.groups = ProcessGroups()
+
     def start(
         self,
         world_size: int,
@@ -99,57 +146,30 @@ class RankProcesses:
         arguments: tuple,
         folder: Path,  # for the ranks' output and progress
         resources: Resources = Resources(),
-        preload: tuple[str, ...] = (),  # more modules that the server imports, if it is not there already
+        preload: tuple[str, ...] = (),  # more modules that the server imports, if it has not been started yet
     ) -> None:
         "Start all ranks."
-        context, port = get_context("forkserver"), self.open_store()
+        port = self.groups.open_store()
         # Imports leave CUDA alone, as a server must whose children use it: Lightning has torch ask NVML.
-        context.set_forkserver_preload([*PRELOAD, function.__module__, *preload])
+        get_context("forkserver").set_forkserver_preload([*PRELOAD, function.__module__, *preload])
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
             environment = rank_environment(rank, world_size, port, resources.devices)
             place = Place(rank, world_size, environment, get_start_method(), resources.cores, folder)
-            process = context.Process(target=_run, args=(function, place, theirs, arguments), name=f"rank-{rank}")
-            with _without_main(), _interrupts_blocked():
-                process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.channels.append(ours)
+            self.processes.append(RankProcess(place, function, arguments))
 
-    def receive(
-        self,
-        seconds: float,
-        ranks: set[int] | None = None,  # only from these
-    ) -> Iterator[tuple[int, Any]]:  # a rank, and what it has sent or `Died`
-        "What the ranks send within that time, at most one message each."
-        listening = {c: rank for rank, c in enumerate(self.channels) if rank not in self.gone and (ranks is None or rank in ranks)}
-        ready: list[Any] = connection.wait(list(listening), seconds)
+    def receive(self, seconds: float, ranks: set[int] | None = None) -> Iterator[tuple[int, Any]]:
+        "What these ranks, or all, send within that time: at most one message each, `Died` where there will be no other."
+        alive = {rank: process for rank, process in enumerate(self.processes) if not process.has_died}
+        channels = {process.channel: rank for rank, process in alive.items() if ranks is None or rank in ranks}
+        ready: list[Any] = connection.wait(list(channels), seconds)
         for channel in ready:
-            rank = listening[channel]
-            try:
-                yield rank, channel.recv()
-            except (EOFError, OSError):  # it died without a word
-                self.gone.add(rank)
-                self.processes[rank].join(5)
-                yield rank, Died(f"its process {describe_exit(self.processes[rank].exitcode)}")
+            yield channels[channel], alive[channels[channel]].receive()
 
     def send(self, rank: int, message: Any) -> None:
-        "Send to one rank. One that has died meanwhile gets nothing, which is seen when it is listened to."
-        with suppress(OSError):
-            self.channels[rank].send(message)
-
-    def signal(self, rank: int, number: int) -> None:
-        "Send a signal to one rank, not to what loads its data."
-        with suppress(ProcessLookupError):
-            os.kill(self.processes[rank].pid, number)
+        self.processes[rank].send(message)
 
     def end(self) -> None:
-        "End all of them, and what loads their data."
+        "End all of them."
         for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)  # it may not have a group yet
-            process.join()
-            process.close()
-        self.processes, self.channels, self.stores = [], [], []
+            process.end()
+        self.processes, self.groups = [], ProcessGroups()

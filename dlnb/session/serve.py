@@ -20,7 +20,7 @@ from .shell import session_shell
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
 class Channel:
-    "The way to the kernel, and how it interrupts."
+    "The channel to the kernel, and the signals with which the kernel interrupts."
 
     def __init__(self, connection: Any):
         self.connection = connection
@@ -66,7 +66,7 @@ def dumped(value: Any) -> bytes:
 
 
 def _described(rank: int, error: BaseException, traceback: list[str]) -> tuple[Rank, bytes | None]:
-    "What is sent of a failure: in words, and itself."
+    "What is sent of a failure: its record, and the exception where it can be pickled."
     failure = Rank(rank, os.getpid(), "failed", time=time.time(), ename=type(error).__name__, evalue=str(error), traceback=traceback)
     try:
         return failure, dumped(error)
@@ -74,11 +74,11 @@ def _described(rank: int, error: BaseException, traceback: list[str]) -> tuple[R
         return failure, None
 
 # %% ../../nbs/session/04_serve.ipynb #56ef7b31
-class Server:
-    "Works on the requests of a kernel, in one rank."
+class Requests:
+    "What a kernel can ask of one rank."
 
     def __init__(self, rank: int, channel: Channel):
-        self.rank, self.channel = rank, channel
+        self.rank = rank
         self.shell = session_shell(rank, channel.send)
         self.names = self.shell.user_ns
 
@@ -118,18 +118,20 @@ class Server:
         leave_process_group(port, is_served=True)
         close_connections(pid for pid in pids if pid != os.getpid())
 
-    def answer(self, request: tuple) -> tuple:
-        "Do what is asked for; what goes wrong is part of the answer."
-        number, kind, *content = request
-        try:
-            value = getattr(self, kind)(*content)
-            return "done", number, None if value is None else dumped(value), None
-        except BaseException as error:
-            shown = self.shell.failure if kind == "cell" and self.shell.failure else {"traceback": self._traceback(error)}
-            return "done", number, None, _described(self.rank, error, shown["traceback"])
-
-    def _traceback(self, error: BaseException) -> list[str]:
-        return self.shell.InteractiveTB.structured_traceback(type(error), error, error.__traceback__, tb_offset=1)
+# %% ../../nbs/session/04_serve.ipynb #7d301335
+def answer(requests: Requests, request: tuple) -> tuple:
+    "Do what is asked for; what goes wrong is part of the answer."
+    number, kind, *content = request
+    shell = requests.shell
+    try:
+        value = getattr(requests, kind)(*content)
+        return "done", number, None if value is None else dumped(value), None
+    except BaseException as error:
+        if kind == "cell" and shell.failure:
+            traceback = shell.failure["traceback"]
+        else:
+            traceback = shell.InteractiveTB.structured_traceback(type(error), error, error.__traceback__, tb_offset=1)
+        return "done", number, None, _described(requests.rank, error, traceback)
 
 # %% ../../nbs/session/04_serve.ipynb #2c4dd4ba
 def serve(place: Place, connection: Any) -> None:
@@ -137,8 +139,8 @@ def serve(place: Place, connection: Any) -> None:
     channel = Channel(connection)
     channel.handle_signals()
     builtins.input = channel.ask
-    server = Server(place.rank, channel)
-    server.names |= {"rank": place.rank, "world_size": place.world_size}
+    requests = Requests(place.rank, channel)
+    requests.names |= {"rank": place.rank, "world_size": place.world_size}
     channel.send(("ready",))
     while True:
         try:
@@ -147,10 +149,10 @@ def serve(place: Place, connection: Any) -> None:
             return
         channel.is_busy = True
         try:
-            answer = server.answer(request)
+            answered = answer(requests, request)
         except KeyboardInterrupt as error:  # while the answer was made
-            answer = "done", request[0], None, _described(place.rank, error, ["KeyboardInterrupt"])
+            answered = "done", request[0], None, _described(place.rank, error, ["KeyboardInterrupt"])
         channel.is_busy = False
         sys.stdout.flush()
         sys.stderr.flush()
-        channel.send((*answer, begun_collectives()))
+        channel.send((*answered, begun_collectives()))

@@ -26,43 +26,61 @@ from .processes import Died, RankProcesses
 from .serve import dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
 
+# %% ../../nbs/session/06_session.ipynb #7bf9e45c
+class RunningRanks:
+    "Ranks that serve requests, and the temporary folder with their output and progress."
+
+    def __init__(
+        self,
+        world_size: int,
+        resources: Resources,
+        preload: tuple[str, ...],
+        forward: Callable[[str, dict], object],  # takes a comm's id and a message of the page for it
+    ):
+        self.temporary = tempfile.TemporaryDirectory(prefix="dlnb-ranks-")
+        folder = Path(self.temporary.name)
+        self.processes, self.watch = RankProcesses(), ProgressWatch(folder)
+        self.output = Output(folder, world_size, forward)
+        self.processes.start(world_size, serve, (), folder, resources, preload)
+
+    def end(self) -> None:
+        self.processes.end()
+        self.output.close()
+        self.temporary.cleanup()
+
 # %% ../../nbs/session/06_session.ipynb #e57ee769
-BLOCKED = 1.0  # seconds after which a rank that has not answered to an interrupt counts as waiting in a collective
-ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
-PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
-DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
-WAITS = "NoProgress"  # how the failure of a rank is named that has not answered
+WAITS = "NoProgress"  # the name of the failure of a rank that has not answered
 
 
 class Answers:
     "What the ranks have answered to one request, and which still have to."
 
     def __init__(self, ranks: set[int]):
-        self.waiting, self.values = set(ranks), dict[int, Any]()
+        self.waiting, self.values = set(ranks), dict[int, bytes | None]()
         self.failures: list[tuple[Rank, bytes | None]] = []
-        self.began: float | None = None  # when the first failure came, monotonic
-        self.left: set[int] = set()  # ranks that were asked to leave the process group
-        self.port = 0  # of the store where they meet again
+        self.first_failure: float | None = None  # when it came, monotonic
 
     def take(self, rank: int, value: bytes | None, failure: tuple[Rank, bytes | None] | None) -> None:
         self.waiting.discard(rank)
         self.values[rank] = value
         if failure:
             self.failures.append(failure)
-            self.began = self.began or time.monotonic()
+            self.first_failure = self.first_failure or time.monotonic()
+
+    def fail(self, rank: int, name: str, how: str, traceback: list[str]) -> None:
+        "Note a failure that the rank could not report itself."
+        self.take(rank, None, (Rank(rank, 0, "failed", time=time.time(), ename=name, evalue=how, traceback=traceback), None))
 
     @property
     def since_failure(self) -> float:
         "Seconds that the others have had to answer since the first has failed."
-        return 0.0 if self.began is None else time.monotonic() - self.began
+        return 0.0 if self.first_failure is None else time.monotonic() - self.first_failure
 
     @property
     def cause(self) -> tuple[Rank, bytes | None] | None:
-        "The failure that the others follow from."
-        told = [
-            failure for failure, _ in self.failures if failure.ename != WAITS
-        ]  # a rank that only waited is the cause where nobody else is
-        cause = find_cause(told or [failure for failure, _ in self.failures])
+        "The failure that the others follow from; one of a rank that only waited counts only where there is no other."
+        reported = [failure for failure, _ in self.failures if failure.ename != WAITS]
+        cause = find_cause(reported or [failure for failure, _ in self.failures])
         return next((pair for pair in self.failures if pair[0] is cause), None)
 
 # %% ../../nbs/session/06_session.ipynb #1bec1655
@@ -81,17 +99,30 @@ def as_error(failure: Rank, content: bytes | None) -> BaseException:
     return error
 
 # %% ../../nbs/session/06_session.ipynb #2dd36302
-@contextmanager
-def interrupts_handled(interrupt: Callable[[], None]) -> Iterator[None]:
-    "Have Ctrl-C, and Jupyter's Stop button, call that instead of raising `KeyboardInterrupt`."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: interrupt())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class Interrupts:
+    "Ctrl-C, and Jupyter's Stop button, while ranks work: each is a stronger signal to those that have not answered."
+
+    def __init__(self, processes: RankProcesses, waiting: set[int]):
+        self.processes, self.waiting = processes, waiting
+        self.number, self.first = 0, math.inf  # how many there were, and when the first came, monotonic
+
+    def interrupt(self, *_: Any) -> None:
+        self.number, self.first = self.number + 1, min(self.first, time.monotonic())
+        signal_number = (signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)[min(self.number, 3) - 1]
+        for rank in set(self.waiting):
+            self.processes.processes[rank].signal(signal_number)
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        "Interrupt the ranks, instead of raising `KeyboardInterrupt` here."
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/session/06_session.ipynb #ca834941
 _numbers = count(1)  # of requests
@@ -100,10 +131,10 @@ _numbers = count(1)  # of requests
 class Exchange:
     "A request to ranks that is under way. `look` is called a few times a second, `finish` when all have answered."
 
-    def __init__(self, processes: RankProcesses, output: Output, watch: ProgressWatch, ranks: set[int]):
-        self.processes, self.output, self.watch = processes, output, watch
-        self.answers, self.interrupts, self.number = Answers(ranks), 0, next(_numbers)
-        self.interrupted_at = math.inf  # monotonic
+    def __init__(self, running: RunningRanks, ranks: set[int]):
+        self.processes, self.output = running.processes, running.output
+        self.answers, self.number = Answers(ranks), next(_numbers)
+        self.interrupts = Interrupts(self.processes, self.answers.waiting)
         self.ended = ""  # why these ranks have ended
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
 
@@ -111,10 +142,10 @@ class Exchange:
         "Send it, and show what the ranks print until all have answered."
         for rank in self.answers.waiting:
             self.processes.send(rank, (self.number, *request))
-        with interrupts_handled(self.interrupt):
+        with self.interrupts.handled():
             while self.answers.waiting:
                 for rank, message in self.processes.receive(0.05):
-                    self.take(rank, message)
+                    take(self, rank, message)
                 self.output.show()
                 self.meanwhile()
                 self.look()
@@ -126,109 +157,125 @@ class Exchange:
 
     def finish(self) -> None: ...
 
-    def interrupt(self) -> None:
-        self.interrupts, self.interrupted_at = self.interrupts + 1, min(self.interrupted_at, time.monotonic())
-        number = (signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)[min(self.interrupts, 3) - 1]
-        for rank in set(self.answers.waiting):
-            self.processes.signal(rank, number)
+# %% ../../nbs/session/06_session.ipynb #c53446b4
+def take(exchange: Exchange, rank: int, message: Any) -> None:
+    "What one rank has sent."
+    match message:
+        case Died(how):
+            exchange.ended = exchange.ended or f"rank {rank}: {how}"
+            exchange.answers.fail(rank, "RankDied", how, [f"RankDied: {how}"])
+        case ("done", number, value, failure, begun):
+            if number == exchange.number:  # else it has left a process group
+                exchange.answers.take(rank, value, failure)
+                exchange.processes.groups.begun[rank] = begun
+        case ("input", prompt):
+            exchange.output.show(last=True)
+            exchange.processes.send(rank, input(f"[rank {rank}] {prompt}"))
+        case ("ready",):
+            pass
+        case _:
+            exchange.output.handle(message)
 
-    def take(self, rank: int, message: Any) -> None:
-        "What one rank has sent."
-        if isinstance(message, Died):
-            self.ended = self.ended or f"rank {rank}: {message.how}"
-            self.fail(rank, "RankDied", message.how, [f"RankDied: {message.how}"])
-        elif message[0] == "done":
-            if message[1] == self.number:  # else it has left a process group
-                self.take_answer(rank, *message[2:])
-        elif message[0] == "input":
-            self.output.show(last=True)
-            self.processes.send(rank, input(f"[rank {rank}] {message[1]}"))
-        elif message[0] != "ready":
-            self.output.handle(message)
+# %% ../../nbs/session/06_session.ipynb #daaf2efa
+class Departure:
+    "Ranks leave their process groups, which are of no use any more, and meet in a new store next time."
 
-    def take_answer(self, rank: int, value: bytes | None, failure: tuple[Rank, bytes | None] | None, begun: dict[str, int]) -> None:
-        self.answers.take(rank, value, failure)
-        self.processes.begun[rank] = begun
+    def __init__(self, processes: RankProcesses):
+        self.processes = processes
+        self.left: set[int] = set()  # ranks that were asked to leave
+        self.port = 0  # of the store where they meet again
 
-    def fail(self, rank: int, name: str, how: str, traceback: list[str]) -> None:
-        "Note a failure that the rank could not tell of itself."
-        failure = Rank(rank, 0, "failed", time=time.time(), ename=name, evalue=how, traceback=traceback)
-        self.answers.take(rank, None, (failure, None))
+    def leave(
+        self,
+        ranks: set[int],
+        in_cell: bool,  # whether a rank is still in a cell, where it may wait for another one
+    ) -> None:
+        "Ask those that have not been asked before."
+        groups, processes = self.processes.groups, self.processes.processes
+        self.port = self.port or groups.open_store()
+        may_wait = in_cell or any(groups.begun.values())  # the latter for a thread of torch
+        pids = [process.pid for process in processes] if may_wait else []
+        for rank in ranks - self.left:
+            if not processes[rank].has_died:
+                self.left.add(rank)
+                groups.begun[rank] = {}
+                processes[rank].send((0, "leave", self.port, pids))
+
+# %% ../../nbs/session/06_session.ipynb #567166f8
+BLOCKED = 1.0  # seconds after which a rank that has not answered to an interrupt counts as waiting in a collective
+ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
+PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
+DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
 
 # %% ../../nbs/session/06_session.ipynb #b8f8efdf
 class WatchedExchange(Exchange):
     "Ends when the ranks cannot answer any more."
 
-    keeps_variables = True  # so that a rank which comes back late is worth waiting for
+    keeps_variables = True  # so a rank that answers late is worth waiting for
+
+    def __init__(self, running: RunningRanks, ranks: set[int]):
+        super().__init__(running, ranks)
+        self.watch, self.departure = running.watch, Departure(running.processes)
+
+    def leave(self, ranks: set[int]) -> None:
+        self.departure.leave(ranks, in_cell=bool(self.answers.waiting))
 
     @property
     def all_ranks(self) -> set[int]:
         return set(range(len(self.processes.processes)))
 
     def look(self) -> None:
-        "See to ranks that wait for another one, or make no progress."
+        "Look for ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
             self.abort(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
         elif self.answers.waiting and self.answers.since_failure > ABORT_AFTER:
             self.rescue()
-        elif not self.answers.values and time.monotonic() - self.interrupted_at > BLOCKED:
+        elif not self.answers.values and time.monotonic() - self.interrupts.first > BLOCKED:
             self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
 
-    def finish(self) -> None:
-        "Have all ranks meet elsewhere next time, where some have been asked to, or they have no use for the group, or no group."
-        is_spoilt = self.interrupts > 0 and self.processes.is_out_of_step
-        if self.answers.left or is_spoilt or self.processes.store_is_stale:
-            self.leave(self.all_ranks)
-
     def rescue(self) -> None:
-        "Have the ranks that have answered leave the process group, and later give the others up."
+        "Have the ranks that have answered leave the process group, and later give up the others."
         self.leave(set(self.answers.values))
-        in_vain = self.ended or (self.interrupts and not self.keeps_variables)
+        in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
         if self.answers.since_failure > ABORT_AFTER + (DEATH_PATIENCE if in_vain else PATIENCE):
             self.abort("it waited for another rank, which had failed", {})
-
-    def leave(self, ranks: set[int]) -> None:
-        "Have ranks leave the process group, which is of no use any more, and meet elsewhere next time."
-        self.answers.port = self.answers.port or self.processes.open_store()
-        may_wait = self.answers.waiting or any(self.processes.begun.values())  # for another one, in a cell or in a thread of torch
-        pids = [process.pid for process in self.processes.processes] if may_wait else []
-        for rank in ranks - self.answers.left - self.processes.gone:
-            self.answers.left.add(rank)
-            self.processes.begun[rank] = {}
-            self.processes.send(rank, (0, "leave", self.answers.port, pids))
 
     def abort(self, how: str, stacks: dict[int, str]) -> None:
         "Count all that have not answered as failed."
         self.ended = self.ended or how
         for rank in sorted(self.answers.waiting):
-            self.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
+            self.answers.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
+
+    def finish(self) -> None:
+        "Have all ranks meet in a new store next time, where some have been asked to, or they are out of step, or have no group any more."
+        groups = self.processes.groups
+        is_spoilt = self.interrupts.number > 0 and groups.is_out_of_step
+        if self.departure.left or is_spoilt or groups.store_is_stale:
+            self.leave(self.all_ranks)
 
 # %% ../../nbs/session/06_session.ipynb #93afa973
-class Session:
-    "Ranks that keep their variables from one request to the next."
+class RankService:
+    "Ranks that work on one request at a time, until they are ended."
 
     def __init__(self, world_size: int, resources: Resources = Resources(), preload: tuple[str, ...] = ()):
-        self.ranks, self.ended = frozenset(range(world_size)), ""  # why it has ended
+        self.ranks, self.ended = frozenset(range(world_size)), ""  # why they have ended
         self.busy = threading.Lock()
         self.meanwhile: Callable[[], None] = lambda: None  # called a few times a second while the ranks work
-        self.keeps_variables = True  # False where an interrupt ends the session
-        self.temporary = tempfile.TemporaryDirectory(prefix="dlnb-ranks-")
-        folder = Path(self.temporary.name)
-        self.processes, self.watch = RankProcesses(), ProgressWatch(folder)
-        self.output = Output(folder, world_size, lambda *message: self.request("comm", *message, ranks={0}))
-        self.processes.start(world_size, serve, (), folder, resources, preload)
+        self.keeps_variables = True  # False where an interrupt ends them
+        self.running = RunningRanks(world_size, resources, preload, lambda *message: self.request("comm", *message, ranks={0}))
+        self.processes = self.running.processes
 
     def request(
         self,
         *request: Any,  # as `dlnb.session.serve` lists them
         ranks: Iterable[int] | None = None,  # None for all
     ) -> dict[int, bytes | None]:  # by rank
-        "Have ranks do something, and return their answers. Raises what the first of them has failed with."
+        "Have ranks do something, and return their answers. Raises the error of the rank that failed first."
         if self.ended:
             raise RankError(f"These ranks have ended ({self.ended}). Start new ones.")
         if not self.busy.acquire(blocking=False):
             raise RankError("These ranks are busy with another cell.")
-        exchange = WatchedExchange(self.processes, self.output, self.watch, set(self.ranks if ranks is None else ranks))
+        exchange = WatchedExchange(self.running, set(self.ranks if ranks is None else ranks))
         exchange.meanwhile, exchange.keeps_variables = self.meanwhile, self.keeps_variables
         try:
             answers = exchange.run(request)
@@ -239,6 +286,22 @@ class Session:
         if cause := answers.cause:
             raise as_error(*cause)
         return answers.values
+
+    def close(self, why: str = "they were closed") -> None:
+        "End the ranks."
+        self.ended = self.ended or why
+        self.running.end()
+
+# %% ../../nbs/session/06_session.ipynb #15f0ee88
+def loaded(answers: dict[int, bytes | None]) -> list[Any]:
+    "The ranks' answers, in their order."
+    import cloudpickle
+
+    return [None if content is None else cloudpickle.loads(content) for _, content in sorted(answers.items())]
+
+
+class Session(RankService):
+    "Ranks that keep their variables from one request to the next."
 
     def value(self, *request: Any) -> list[Any]:
         "What the ranks answer to a request, as objects, in their order."
@@ -252,22 +315,8 @@ class Session:
         "The value of an expression on each rank."
         return self.value("get", expression)
 
-    def close(self, why: str = "they were closed") -> None:
-        "End the ranks."
-        self.ended = self.ended or why
-        self.processes.end()
-        self.output.close()
-        self.temporary.cleanup()
-
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-# %% ../../nbs/session/06_session.ipynb #15f0ee88
-def loaded(answers: dict[int, bytes | None]) -> list[Any]:
-    "The ranks' answers, in their order."
-    import cloudpickle
-
-    return [None if content is None else cloudpickle.loads(content) for _, content in sorted(answers.items())]

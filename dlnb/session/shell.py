@@ -46,7 +46,7 @@ def display_classes(
 
 # %% ../../nbs/session/03_shell.ipynb #9a573b8d
 def print_text(message: tuple) -> None:
-    "What is done with a message of a rank that is not the first."
+    "Print what a rank other than the first displays."
     kind, *content = message
     if kind == "display":
         sys.stdout.write(f"{content[0].get('text/plain', '')}\n")

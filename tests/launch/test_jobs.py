@@ -188,7 +188,7 @@ def test_what_is_wrong_is_refused_before_anything_starts(place):
     write_notebook(place / "in.ipynb", "devices = 1")
     for given, message in [
         ({"device": 2}, "Did you mean 'devices'"),
-        ({"devices": (1, 2)}, "cannot be handed"),
+        ({"devices": (1, 2)}, "cannot be passed"),
         ({"devices": print}, "cannot"),
     ]:
         with pytest.raises(ParameterError, match=message):

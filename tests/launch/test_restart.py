@@ -98,5 +98,5 @@ def test_torchrun_starts_a_crashed_training_again(start, tmp_path):
 def test_a_bad_number_of_restarts_is_refused(start, tmp_path):
     job = start(settings=dict(max_restarts=-1))
     assert job.wait() == 1
-    assert "max_restarts=-1 must be a number from 0 on" in job.log.read_text()
+    assert "max_restarts=-1 must be an integer, 0 or more" in job.log.read_text()
     assert not (tmp_path / "runs").exists()
