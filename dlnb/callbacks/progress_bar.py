@@ -39,15 +39,29 @@ def rates(trainer: Trainer) -> dict[str, float]:  # "samples/s" and "tokens/s", 
     measuring = (callback for callback in trainer.callbacks if hasattr(callback, "rates"))
     return {f"{name}/s": rate for callback in measuring for name, rate in callback.rates(trainer).items()}
 
-# %% ../../nbs/callbacks/06_progress_bar.ipynb #a8d3f3c4
-class NotebookProgressBar(ProgressBar):
-    "One line in a notebook, at most twice a second."
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #94d7584f
+def training_line(
+    trainer: Trainer,
+    speed: float,  # optimizer steps per second
+    metrics: dict[str, int | str | float | dict[str, float]],  # of the progress bar
+) -> str:
+    epoch = trainer.current_epoch + 1
+    epoch = min(epoch, trainer.max_epochs) if trainer.max_epochs > 0 else epoch
+    words = [f"epoch {_of(epoch, trainer.max_epochs)}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
+    words += [f"{rate:.4g} {unit}" for unit, rate in rates(trainer).items()]
+    words += [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items() if name != "v_num"
+    ]
+    return " · ".join(words)
+
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #e4491e0b
+class LineBar(ProgressBar):
+    "A progress bar of one line, on rank 0."
 
     def __init__(self, interval: float = 0.5):  # seconds between two updates
         super().__init__()
         self.interval, self.line, self.enabled = interval, Line(), True
-        self.shown = self.began = 0.0
-        self.first_step = 0
+        self.shown = 0.0  # when it was last updated
 
     def disable(self) -> None:
         self.enabled = False
@@ -59,6 +73,19 @@ class NotebookProgressBar(ProgressBar):
         super().setup(trainer, pl_module, stage)
         if not trainer.is_global_zero:
             self.disable()
+
+    def show(self, line: Callable[..., str], *about: Trainer, interval: float = 0.0) -> None:
+        "Update the line, unless the last time was less than `interval` seconds ago."
+        if not self.enabled or time.monotonic() < self.shown + interval:
+            return
+        self.shown = time.monotonic()
+        self.line.show(line(*about))
+
+# %% ../../nbs/callbacks/06_progress_bar.ipynb #a8d3f3c4
+class NotebookProgressBar(LineBar):
+    "One line in a notebook, at most twice a second."
+
+    began, first_step = 0.0, 0  # of this training, for its speed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began, self.first_step = time.monotonic(), trainer.global_step
@@ -78,30 +105,14 @@ class NotebookProgressBar(ProgressBar):
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.show_batch("predict", batch_idx, trainer.num_predict_batches[dataloader_idx])
 
+    def training_line(self, trainer: Trainer) -> str:
+        speed = (trainer.global_step - self.first_step) / max(time.monotonic() - self.began, 1e-9)
+        return training_line(trainer, speed, self.get_metrics(trainer, trainer.lightning_module))
+
     def show_batch(self, stage: str, batch_idx: int, batches: int | float) -> None:
-        "Where a pass over data is; its last batch is always shown."
+        "How far a pass over data is; its last batch is always shown."
         interval = 0.0 if batch_idx + 1 == batches else self.interval
         self.show(lambda: f"{stage} · batch {_of(batch_idx + 1, batches)}", interval=interval)
-
-    def show(self, line: Callable[..., str], *about: Trainer, interval: float = 0.0) -> None:
-        "Update the line, unless the last time was less than `interval` seconds ago."
-        if not self.enabled or time.monotonic() < self.shown + interval:
-            return
-        self.shown = time.monotonic()
-        self.line.show(line(*about))
-
-    def training_line(self, trainer: Trainer) -> str:
-        "Epoch, step, speed, and the metrics of the progress bar."
-        steps = trainer.global_step - self.first_step
-        speed = steps / max(time.monotonic() - self.began, 1e-9)
-        epoch = trainer.current_epoch + 1
-        epoch = min(epoch, trainer.max_epochs) if trainer.max_epochs > 0 else epoch
-        metrics = self.get_metrics(trainer, trainer.lightning_module)
-        metrics.pop("v_num", None)
-        words = [f"epoch {_of(epoch, trainer.max_epochs)}", f"step {trainer.global_step}", f"{speed:.1f} steps/s"]
-        words += [f"{rate:.4g} {unit}" for unit, rate in rates(trainer).items()]
-        words += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()]
-        return " · ".join(words)
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #43f358ff
 class TerminalProgressBar(TQDMProgressBar):

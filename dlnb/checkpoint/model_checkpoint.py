@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #ed582357
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .collector import save_checkpoint
 from .exact_resume import ExactResume
-from .manifest import KEY
+from .manifest import KEY, Manifest
 from .training_manifest import LeavesOut, manifest_of
 from .writer import Writer
 from ..system.trainer_internals import is_between_epochs
@@ -61,11 +62,6 @@ class RankedCheckpoints(ModelCheckpoint):
         self.best_model_score = self.best_k_models.get(self.best_model_path)
         self.kth_best_model_path = worst(ranked, key=self.best_k_models.get) if len(ranked) == self.save_top_k else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, self.kth_value)
-
-# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #deeae19a
-def _place(trainer: Trainer) -> tuple[int, int]:
-    "The optimizer steps and the epochs that are done."
-    return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #a0e0bee0
 class DeferredCheckpoints(RankedCheckpoints):
@@ -114,8 +110,44 @@ def take_due(trainer: Trainer, folder: str | None) -> tuple[list[Path], list[Pat
         callback.wanted, callback.unwanted = [], []
     return wanted, unwanted
 
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #deeae19a
+def _place(trainer: Trainer) -> tuple[int, int]:
+    "The optimizer steps and the epochs that are done."
+    return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
+
+
+class NewestCheckpoint(DeferredCheckpoints):
+    "Deferred checkpoints whose last one is the newest state."
+
+    last_place = (0, 0)  # of last.ckpt: steps and epochs
+
+    def want_last(self, trainer: Trainer, now: bool = False) -> None:
+        "Have last.ckpt written after an epoch, or now."
+        after_epoch = self.every_n_epochs >= 1 and is_between_epochs(trainer) and self.last_place != _place(trainer)
+        if self.save_last and (now or after_epoch) and Path(self.last_model_path) not in self.wanted:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def take_due(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
+        "The names to write and those to remove."
+        wanted, unwanted = take_due(trainer, self.dirpath)
+        if Path(self.last_model_path) in wanted:
+            self.last_place = _place(trainer)
+        return wanted, unwanted
+
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #392410d3
+def collect_states(trainer: Trainer) -> None:
+    "Have callbacks gather what a checkpoint holds of all ranks; all ranks call it."
+    for callback in trainer.callbacks:
+        if isinstance(callback, (ExactResume, LeavesOut)):
+            callback.collect(trainer)
+
+
+def notes_of(trainer: Trainer, manifest: Manifest) -> list[Callable[[], None]]:
+    "What callbacks do once the checkpoint is complete; all ranks call it."
+    return [callback.note_of_checkpoint(trainer, manifest) for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
+
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #66007caa
-class AtomicCheckpoint(DeferredCheckpoints):
+class AtomicCheckpoint(NewestCheckpoint):
     """A `ModelCheckpoint` whose checkpoints are complete or invisible. Used with `ExactResume`.
 
     `last.ckpt` is the newest state after every epoch, and after every `every_n_train_steps`, whatever the best one is."""
@@ -132,25 +164,18 @@ class AtomicCheckpoint(DeferredCheckpoints):
     ):
         super().__init__(*args, **kwargs)
         self.identity, self.sources, self.background = identity, sources, background
-        self.last_place = (0, 0)  # of last.ckpt: steps and epochs
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = manifest_of(trainer, self.identity, self.sources).model_dump(mode="json")
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._want_last(trainer)
+        self.want_last(trainer)
         if self.wanted:
             self.save(trainer, self.background)
 
-    def _want_last(self, trainer: Trainer, now: bool = False) -> None:
-        "Lightning writes last.ckpt only where it has written a best one, and then it is not the newest state."
-        after_epoch = self.every_n_epochs >= 1 and is_between_epochs(trainer) and self.last_place != _place(trainer)
-        if self.save_last and (now or after_epoch) and Path(self.last_model_path) not in self.wanted:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
     def save_now(self, trainer: Trainer) -> None:
         "Save the last checkpoint, unless it is of this step, and wait for it; all ranks call it at a boundary."
-        self._want_last(trainer, now=self._last_global_step_saved != trainer.global_step)
+        self.want_last(trainer, now=self._last_global_step_saved != trainer.global_step)
         if self.wanted:
             self.save(trainer, background=False)
         self.writer.finish()
@@ -158,19 +183,13 @@ class AtomicCheckpoint(DeferredCheckpoints):
 
     def save(self, trainer: Trainer, background: bool) -> None:
         "Save under the names that are due; all ranks call it."
-        for callback in trainer.callbacks:
-            if isinstance(callback, (ExactResume, LeavesOut)):
-                callback.collect(trainer)
-        wanted, unwanted = take_due(trainer, self.dirpath)
-        if Path(self.last_model_path) in wanted:
-            self.last_place = _place(trainer)
+        collect_states(trainer)
+        wanted, unwanted = self.take_due(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)
-        keepers = [callback for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
-        notes = [callback.note_of_checkpoint(trainer, manifest) for callback in keepers]
+        notes = notes_of(trainer, manifest)
         save_checkpoint(trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -58,82 +58,92 @@ def await_notes(work: Write, abandoned: threading.Event) -> None:
                 raise ChildProcessError("Another rank ended before it had written its part of the checkpoint.")
         time.sleep(0.01)
 
+# %% ../../nbs/checkpoint/05_writer.ipynb #71647e3f
+class Writing:
+    "One checkpoint that is being written, in any thread."
+
+    def __init__(self, work: Write):
+        self.work = work
+        self.abandoned = threading.Event()  # the training has failed, and other ranks may be dead
+        self.placed = False  # whether the checkpoint has its names
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            write_files(self.work)
+            if self.work.rank == 0:
+                self._publish()
+        except BaseException as error:
+            self.error = _explained(self.work, error, self.placed) if isinstance(error, Exception) else error
+            if self.work.rank == 0:
+                remove_path(self.work.staging)
+
+    def _publish(self) -> None:
+        "Give the checkpoint its names once it is complete, and remove those that it replaces; rank 0 does it."
+        if self.work.staging.is_dir():
+            await_notes(self.work, self.abandoned)
+            _complete(self.work)
+        place(self.work.staging, *self.work.paths)
+        self.placed = True
+        try:
+            for note in self.work.notes:
+                note()
+        finally:
+            for path in self.work.removals:
+                remove(path)
+
 # %% ../../nbs/checkpoint/05_writer.ipynb #59f3fb41
 class Writer:
     "Writes checkpoints, one after the other, in the background or at once."
 
     def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-        self.abandoned = threading.Event()
-        self.placed = False  # whether the checkpoint that is being written has its names
+        self.writing: Writing | None = None  # the latest one
+        self.thread: threading.Thread | None = None  # in which it runs
         self.copies = HostCopy()
         self.pauses: list[float] = []  # seconds that the training waited for each checkpoint
 
     def write(self, work: Write, background: bool = True) -> None:
-        "Write a checkpoint. Raises what the one before ran into, or, unless in the background, this one."
+        "Write a checkpoint. Raises the error of the one before, or, unless in the background, of this one."
         self.finish()
-        self.abandoned.clear()  # an earlier training of this process may have ended badly
         if fits := _has_room(size_of(list(work.files.values()))):
             work = work._replace(files=self.copies.take(work.files))
+        self.writing = Writing(work)
         if background and fits:
-            self.thread = threading.Thread(target=self._run, args=(work,), name="dlnb-checkpoint")
+            self.thread = threading.Thread(target=self.writing.run, name="dlnb-checkpoint")
             self.thread.start()
         else:
-            self._run(work)
+            self.writing.run()
             self.finish()
 
     def finish(self) -> None:
-        "Wait for the checkpoint that is being written. Raises what it ran into."
+        "Wait for the checkpoint that is being written. Raises its error."
+        self._join()
+        writing, self.writing = self.writing, None
+        if writing is not None and writing.error is not None:
+            raise writing.error
+
+    def abandon(self) -> None:
+        "Wait for what this rank writes itself, and not for other ranks: one may be dead. No error is raised."
+        if self.writing is not None:
+            self.writing.abandoned.set()
+        self._join()
+        self.writing = None
+
+    def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-    def abandon(self) -> None:
-        "Wait for what this rank writes itself, and for nobody else: another one may be dead."
-        self.abandoned.set()
-        if self.thread is not None:
-            self.thread.join()
-        self.thread = self.error = None
-
-    def _run(self, work: Write) -> None:
-        self.placed = False
-        try:
-            write_files(work)
-            if work.rank == 0:
-                self._publish(work)
-        except BaseException as error:
-            self.error = _told(work, error, self.placed) if isinstance(error, Exception) else error
-            if work.rank == 0:
-                remove_path(work.staging)
-
-    def _publish(self, work: Write) -> None:
-        "Give the checkpoint its names once it is complete, and remove those that it takes the place of; rank 0 does it."
-        if work.staging.is_dir():
-            await_notes(work, self.abandoned)
-            _complete(work)
-        place(work.staging, *work.paths)
-        self.placed = True
-        try:
-            for note in work.notes:
-                note()
-        finally:
-            for path in work.removals:
-                remove(path)
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #5c6915a0
-def _told(work: Write, error: Exception, placed: bool) -> OSError:
-    "What a writing ran into, with the place; torch says of a full disk that a position is unexpected."
+def _explained(work: Write, error: Exception, placed: bool) -> OSError:
+    "An error with the checkpoint, the step and the free space; of a full disk torch says only that a position is unexpected."
     folder = work.staging.parent
     free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there" if folder.exists() else "it is gone"
     if placed:
-        told = f"{work.paths[-1]} is complete, of {work.manifest.place}, and what comes after it failed ({free}): {error}."
+        message = f"{work.paths[-1]} is complete, of {work.manifest.place}, and what comes after it failed ({free}): {error}."
     else:
-        told = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The previous checkpoint is kept."
-    new = OSError(told)
+        message = f"{work.paths[-1]} could not be written at {work.manifest.place} ({free}): {error}. The previous checkpoint is kept."
+    new = OSError(message)
     new.__cause__ = error
     return new
 
