@@ -99,14 +99,38 @@ class Agreement:
         self.due = step + interval
         return number
 
+# %% ../../nbs/callbacks/01_preemption.ipynb #9dd0ca00
+class StopSignals:
+    "Notes the signal that asks this process to stop."
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.before: dict[int, Any] = {}  # the handlers that are replaced
+
+    def install(self, trainer: Trainer) -> None:
+        handle_signals_by(trainer, self.receive)
+        asking = (signal.SIGUSR1, signal.SIGINT) if hasattr(sys, "ps1") else (signal.SIGUSR1,)  # SIGINT is the Stop button's
+        self.before = {number: signal.signal(number, self.receive) for number in asking}
+
+    def receive(self, number: int, frame: Any) -> None:
+        "The signals' handler."
+        self.received = number
+        announce_stop()
+        if number == signal.SIGINT:  # the next one ends it at once
+            signal.signal(number, self.before[number])
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
 # %% ../../nbs/callbacks/01_preemption.ipynb #5c1bda9c
 class StopTogether(Callback):
     "On SIGTERM or SIGUSR1 to any rank, saves and raises `Preempted` on all ranks after the same optimizer step."
 
     def __init__(self) -> None:
-        self.received = 0  # the signal's number
+        self.signals = StopSignals()
         self.agreement: Agreement | None = None
-        self.handlers_before: dict[int, Any] = {}
         self.is_over = RawValue("b", 0)  # shared with loading processes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,24 +139,13 @@ class StopTogether(Callback):
         add_boundaries(trainer)
         self.is_over.value = 0
         process_loaders(trainer, partial(_with_patient_workers, is_over=self.is_over))
-        handle_signals_by(trainer, self.receive)
-        asking = (
-            (signal.SIGUSR1, signal.SIGINT) if hasattr(sys, "ps1") else (signal.SIGUSR1,)
-        )  # the Stop button of a kernel that trains itself
-        self.handlers_before = {number: signal.signal(number, self.receive) for number in asking}
-
-    def receive(self, number: int, frame: Any) -> None:
-        "The signals' handler."
-        self.received = number
-        announce_stop()
-        if number == signal.SIGINT:  # the next one ends it at once
-            signal.signal(number, self.handlers_before[number])
+        self.signals.install(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.agreement = Agreement(trainer.global_step, trainer.world_size)
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if number := self.agreement.at(trainer.global_step, self.received):
+        if number := self.agreement.at(trainer.global_step, self.signals.received):
             where = save_last(trainer)
             name = signal.Signals(number).name
             announce_preempted()
@@ -146,9 +159,7 @@ class StopTogether(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.is_over.value = 1
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
-        self.handlers_before = {}
+        self.signals.restore()
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #b06ff781
 def save_last(trainer: Trainer) -> str:

@@ -75,6 +75,18 @@ def _relative(path: str, folder: Path) -> str | None:
     "The path from the folder on, whatever links lead to either."
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path else None
 
+# %% ../../nbs/callbacks/00_recorder.ipynb #60a97b51
+def describe_checkpoint(trainer: Trainer, manifest: Manifest, record: RunRecord) -> dict[str, Any]:
+    "What the record says of a checkpoint that is being saved, once it is complete; all ranks call it."
+    best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
+    progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
+    path = _relative(best.best_model_path, record.folder)
+    if path != record.best_checkpoint:
+        progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}
+    score = None if best.best_model_score is None else float(best.best_model_score)
+    latest = _relative(last.last_model_path or best.last_model_path or best.best_model_path, record.folder)
+    return progress | {"best_score": score, "last_checkpoint": latest}
+
 # %% ../../nbs/callbacks/00_recorder.ipynb #e231e6ac
 class RunRecorder(Callback):
     "Keeps a run's record up to date: when the ranks have joined, before the first step, after every epoch and checkpoint."
@@ -108,15 +120,8 @@ class RunRecorder(Callback):
             self._note(**({"metrics": logged} if logged else {}), **progress)  # none were logged where nothing was left to train
 
     def note_of_checkpoint(self, trainer: Trainer, manifest: Manifest) -> Callable[[], None]:
-        "What the record is going to say when the checkpoint that is now being saved is complete; all ranks call it."
-        best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
-        progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
-        path = _relative(best.best_model_path, self.record.folder)
-        if path != self.record.best_checkpoint:
-            progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}
-        score = None if best.best_model_score is None else float(best.best_model_score)
-        latest = _relative(last.last_model_path or best.last_model_path or best.best_model_path, self.record.folder)
-        return partial(self._note, **progress, best_score=score, last_checkpoint=latest)
+        "Update the record when the checkpoint that is being saved is complete; all ranks call it."
+        return partial(self._note, **describe_checkpoint(trainer, manifest, self.record))
 
     def _note(self, **values: Any) -> None:
         with self.lock:
