@@ -294,8 +294,8 @@ BAD = [
     ("a shape that is a number", tensor(shape=6), "must be up to 32 integers"),
     ("an offset that is a text", tensor(offset="0"), "must be up to 32 integers"),
     ("a tensor of a storage that is missing", tensor(key="7"), "'data/7' is not there"),
-    ("a storage whose key is a list", tensor(key=["0"]), "is no storage"),
-    ("a storage of another kind", tensor(kind="module"), "is no storage"),
+    ("a storage whose key is a list", tensor(key=["0"]), "is not a storage"),
+    ("a storage of another kind", tensor(kind="module"), "is not a storage"),
     ("a tensor whose name is a number", archive(pickled({"state_dict": {7: Call(torch._utils._rebuild_tensor_v2, Storage("storage", torch.FloatStorage, "0", "cpu", 12), 0, (2,), (1,), False, {})}})), "7 cannot be a tensor's name"),
     # pickles
     ("a pickle that remembers 32 GB", archive(b"\x80\x02Nr\xff\xff\xff\x7f0."), "data.pkl cannot be read"),

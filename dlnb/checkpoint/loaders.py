@@ -55,6 +55,18 @@ class Start(NamedTuple):
     skip: int = 0  # batches
     begun: dict[str, Any] | None = None  # the generators' states when the epoch began; None for an order that is computed
 
+# %% ../../nbs/checkpoint/08_loaders.ipynb #5dfeb671
+def drawing_states(sampler: Any) -> dict[str, Any]:
+    "The states of the generators that a sampler can draw from."
+    own = getattr(sampler, "generator", None)
+    return generator_states() | ({} if own is None else {"own": own.get_state()})
+
+
+def set_drawing_states(sampler: Any, states: dict[str, Any]) -> None:
+    set_generator_states(states)
+    if "own" in states:
+        sampler.generator.set_state(states["own"])
+
 # %% ../../nbs/checkpoint/08_loaders.ipynb #706e814f
 class ResumableBatches(BatchSampler):
     "The batches of another sampler, from a given one on."
@@ -74,7 +86,7 @@ class ResumableBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         (skip, begun), where = self.start(), self.where()
-        self.begun = begun or self._states()
+        self.begun = begun or drawing_states(self.sampler)
         for number, batch in enumerate(self._from(skip, begun), start=skip):
             yield _Batch(batch, (*where, number))
 
@@ -84,20 +96,11 @@ class ResumableBatches(BatchSampler):
             return iter(self.batches)
         if begun is None:
             return _dropped(iter(self.batches), skip)
-        now = self._states()
-        self._set_states(begun)
+        now = drawing_states(self.sampler)
+        set_drawing_states(self.sampler, begun)
         batches = _dropped(iter(self.batches), skip)
-        self._set_states(now)
+        set_drawing_states(self.sampler, now)
         return batches
-
-    def _states(self) -> dict[str, Any]:
-        own = getattr(self.sampler, "generator", None)
-        return generator_states() | ({} if own is None else {"own": own.get_state()})
-
-    def _set_states(self, states: dict[str, Any]) -> None:
-        set_generator_states(states)
-        if "own" in states:
-            self.sampler.generator.set_state(states["own"])
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #f4e4312e
 def _dropped(batches: Iterator, count: int) -> Iterator:

@@ -151,17 +151,11 @@ class Containers(Stack):
         elif not isinstance(target, Foreign):
             raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
 
-# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
-class Unpickler(Containers):
-    "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
+# %% ../../nbs/formats/02_unpickler.ipynb #aa7eacc0
+class Names(Containers):
+    "The instructions that look up names. What names and persistent identities stand for is up to a subclass."
 
-    kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
-
-    def __init__(
-        self,
-        content: bytes,
-        steps: int = STEPS,  # instructions at most, and items that they copy
-    ):
+    def __init__(self, content: bytes, steps: int):
         super().__init__(content, steps)
         self.names: dict[tuple[str, str], Any] = {}
 
@@ -178,6 +172,19 @@ class Unpickler(Containers):
                 raise pickle.UnpicklingError("it names more than a thousand classes, or one too long")
             self.names[key] = self.find_class(module, name)
         self.put(self.names[key])
+
+# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
+class Unpickler(Names):
+    "Does what a pickle says, within bounds."
+
+    kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
+
+    def __init__(
+        self,
+        content: bytes,
+        steps: int = STEPS,  # instructions at most, and items that they copy
+    ):
+        super().__init__(content, steps)
 
     def load(self) -> Any:
         "The value. Raises any exception where the pickle is damaged."
