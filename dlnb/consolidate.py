@@ -10,6 +10,8 @@ import argparse
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import unknown
@@ -44,6 +46,17 @@ def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
         check_target(path, overwrite)
     return out
 
+# %% ../nbs/01_consolidate.ipynb #4e33de54
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    "Have an `OSError` without a file name `out`."
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+        raise
+
 # %% ../nbs/01_consolidate.ipynb #faab1814
 def consolidate(
     checkpoint: str | Path,  # a ZeRO or FSDP folder, a .ckpt, .pt or .safetensors file, or a run's folder: its best one
@@ -67,20 +80,15 @@ def consolidate(
     out, checkpoint = _target(out, ckpt, overwrite), Path(checkpoint)
     index = out.with_name(f"{out.name}.index.json")
     former = _former_shards(index)
-    try:
-        with readable_layout(checkpoint, out) as found:
-            layout = found.averaged
-            if not layout.weights:
-                raise ValueError(f"{checkpoint} holds no weights.")
-            check_no_source({checkpoint, *files_of(layout)}, [out, index, *former])
-            if ckpt:
-                written = [write_lightning(layout, out, dtype, checkpoint)]
-            else:
-                written = write_safetensors(layout, out, dtype, limit, overwrite)
-    except OSError as error:
-        if error.filename is None and error.errno:  # of a write to an open file
-            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
-        raise
+    with _naming(out), readable_layout(checkpoint, out) as found:
+        layout = found.averaged
+        if not layout.weights:
+            raise ValueError(f"{checkpoint} holds no weights.")
+        check_no_source({checkpoint, *files_of(layout)}, [out, index, *former])
+        if ckpt:
+            written = [write_lightning(layout, out, dtype, checkpoint)]
+        else:
+            written = write_safetensors(layout, out, dtype, limit, overwrite)
     for path in {out, index, *former} - {*written}:  # what is left of the others would be loaded first
         path.unlink(missing_ok=True)
     return written[-1]

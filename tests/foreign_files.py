@@ -288,7 +288,7 @@ BAD = [
     ("a tensor of another universe", tensor(shape=(1 << 62, 1), strides=(1, 1)), "are needed"),
     ("strides out of the storage", tensor(strides=(1 << 40, 1)), "are needed"),
     ("strides below zero", tensor(offset=6, strides=(-3, 1)), "a size below zero"),
-    ("strides for other axes", tensor(strides=(3,)), "other axes than strides"),
+    ("strides for other axes", tensor(strides=(3,)), "not one stride per axis"),
     ("a shape below zero in a pickle", tensor(shape=(-2, -3)), "a size below zero"),
     ("a shape of a million axes", tensor(shape=(1,) * 1_000_000), "must be up to 32 integers"),
     ("a shape that is a number", tensor(shape=6), "must be up to 32 integers"),

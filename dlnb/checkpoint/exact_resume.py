@@ -9,6 +9,7 @@ __all__ = []
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -158,13 +159,9 @@ def resume_position(
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs, and the training resume from it as if it had never stopped.
 
-    Without it among the checkpoint's callbacks, or with another number of ranks, each rank gets a random stream of its own, a function of the
-    seed, the rank and the step."""
+    From a checkpoint without it, or of another number of ranks, each rank gets a random stream that depends on the seed, the rank and the step."""
 
-    def __init__(
-        self,
-        seed: int = 0,  # of the streams that are not restored
-    ):
+    def __init__(self, seed: int = 0):  # of the streams that are not restored
         self.seed, self.states = seed, RankStates()
         self.start = Start()  # of the next epoch
 
@@ -172,14 +169,14 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         add_boundaries(trainer)
-        process_loaders(trainer, lambda loader: self._resumable(trainer, loader) if trainer.training else loader)
+        process_loaders(trainer, partial(self._resumable, trainer))
         call_once_after(trainer.fit_loop, "on_run_start", lambda: self._restore(trainer))
 
     def _resumable(self, trainer: Trainer, loader: Any) -> Any:
         def where() -> tuple[int, int, int]:
             return self.seed, trainer.global_rank, trainer.fit_loop.epoch_progress.current.processed
 
-        return resumable(loader, where, self._take_start)
+        return resumable(loader, where, self._take_start) if trainer.training else loader
 
     def _take_start(self) -> Start:
         start, self.start = self.start, Start()

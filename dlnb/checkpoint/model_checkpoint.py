@@ -169,25 +169,25 @@ class AtomicCheckpoint(NewestCheckpoint):
         checkpoint[KEY] = manifest_of(trainer, self.identity, self.sources).model_dump(mode="json")
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.want_last(trainer)
-        if self.wanted:
-            self.save(trainer, self.background)
+        self.save(trainer, self.background)
 
     def save_now(self, trainer: Trainer) -> None:
         "Save the last checkpoint, unless it is of this step, and wait for it; all ranks call it at a boundary."
-        self.want_last(trainer, now=self._last_global_step_saved != trainer.global_step)
-        if self.wanted:
-            self.save(trainer, background=False)
+        self.save(trainer, background=False, last=self._last_global_step_saved != trainer.global_step)
         self.writer.finish()
         trainer.strategy.barrier()
 
-    def save(self, trainer: Trainer, background: bool) -> None:
-        "Save under the names that are due; all ranks call it."
+    def save(self, trainer: Trainer, background: bool, last: bool = False) -> None:
+        "Save under the names that are due, or as last.ckpt in any case; all ranks call it."
+        self.want_last(trainer, last)
+        if not self.wanted:
+            return
         collect_states(trainer)
         wanted, unwanted = self.take_due(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)
-        notes = notes_of(trainer, manifest)
-        save_checkpoint(trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background)
+        save_checkpoint(
+            trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes_of(trainer, manifest), background=background
+        )
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)
 
