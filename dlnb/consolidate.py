@@ -34,7 +34,7 @@ def _bytes(
 
 # %% ../nbs/01_consolidate.ipynb #82c7a910
 def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
-    "The file to write. Raises where it cannot be there, or is."
+    "The file to write. Raises where it cannot be written, or exists."
     out, suffix = Path(out), ".ckpt" if ckpt else ".safetensors"
     out = out / f"model{suffix}" if out.is_dir() else out
     if out.suffix != suffix:
@@ -68,7 +68,7 @@ def consolidate(
 ) -> Path:  # the file to open; where there are several, their index
     """Write a checkpoint's weights into one file, without loading them, and without running anything that its pickles name.
 
-    The file gets its name when it is complete. ZeRO's weights are its float32 master copy. Tied weights stand once, and
+    The file gets its name when it is complete. ZeRO's weights are its float32 master copy. Tied weights are stored once, and
     `safetensors.torch.load_model` ties them again. Raises `FileNotFoundError` and `FileExistsError`, `ValueError` for a
     checkpoint that is damaged, incomplete or of an unknown kind, and `OSError` where the disk is full, each naming the file.
     """
@@ -89,13 +89,13 @@ def consolidate(
             written = [write_lightning(layout, out, dtype, checkpoint)]
         else:
             written = write_safetensors(layout, out, dtype, limit, overwrite)
-    for path in {out, index, *former} - {*written}:  # what is left of the others would be loaded first
+    for path in {out, index, *former} - {*written}:  # other files of an earlier result would be loaded first
         path.unlink(missing_ok=True)
     return written[-1]
 
 # %% ../nbs/01_consolidate.ipynb #edda5e2c
 def _former_shards(index: Path) -> list[Path]:
-    "The shards that this index was written with: those of its own name and number, beside it. Of any other index, none."
+    "The shards that this index was written with, by their names in the same folder. For any other index, none."
     if not index.is_file() or index.is_symlink():
         return []
     try:

@@ -55,7 +55,7 @@ class CheckMonitor(Callback):
 
     def __init__(self, monitor: str, is_default: bool = False):
         self.monitor: str | None = monitor
-        self.resumed: str | None = monitor  # as the checkpoint has it that is resumed from
+        self.resumed: str | None = monitor  # as in the checkpoint that is resumed from
         self.is_default = is_default
         self.is_logged = self.has_validated = False
 
@@ -79,7 +79,7 @@ class CheckMonitor(Callback):
     def _look_again(self, trainer: Trainer) -> None:
         self.is_logged |= self.monitor in trainer.callback_metrics
         if self.monitor is not None and not self.is_logged and (self.has_validated or not trainer.enable_validation):
-            self._follow(trainer, None)  # nobody has looked before: rather no monitor than a training that ends here
+            self._follow(trainer, None)  # it could not be checked before: better no monitor than a training that ends here
 
     def _follow(self, trainer: Trainer, name: str | None) -> None:
         replace_monitor(trainer, self.monitor, name)
@@ -99,7 +99,7 @@ class CheckMonitor(Callback):
 
 # %% ../../nbs/callbacks/03_checks.ipynb #eaa65598
 class CheckBatches(Callback):
-    "Refuses an epoch that the ranks, or DeepSpeed's accumulation, cannot train evenly."
+    "Refuses an epoch whose batches the ranks, or DeepSpeed's accumulation, cannot divide evenly."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
@@ -134,7 +134,7 @@ class CheckLengths(Callback):
             if split == "train" and saved.batch:
                 raise ValueError(
                     f"{message} The checkpoint is {saved.batch} batches into an epoch, a place that this data does not have. Restore the "
-                    "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to begin again."
+                    "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to start again."
                 )
             if trainer.is_global_zero:
                 log.warning(message)

@@ -32,7 +32,7 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 def changed_names(before: dict[str, Tensor], tensors: dict[str, Tensor]) -> set[str]:
-    "Whose elements are not what they were."
+    "The names of the tensors whose elements have changed."
     return {name for name, values in before.items() if name not in tensors or not torch.equal(sample(tensors[name]), values)}
 
 # %% ../../nbs/callbacks/11_exclude_frozen.ipynb #7ba74aa1

@@ -35,7 +35,7 @@ WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while
 
 
 def _end_with_trainer() -> None:
-    "A loading process of torch looks for its parent's death too, but not for one that came before it had begun."
+    "A loading process of torch notices its parent's death too, but not if the parent died before the process had started."
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -50,7 +50,7 @@ def _init_worker(is_over: Any, init: Callable[[int], None] | None, worker: int) 
 
 def _with_patient_workers(
     loader: Any,
-    is_over: Any,  # a value in shared memory: whether the training has ended, and nobody needs the workers any more
+    is_over: Any,  # a value in shared memory: whether the training has ended, and the workers are no longer needed
 ) -> Any:
     "A scheduler's signal reaches loading processes too: they stay until the training has saved, and no longer than it lives."
     if isinstance(loader, DataLoader) and getattr(loader.worker_init_fn, "func", None) is not _init_worker:
@@ -62,7 +62,7 @@ ASK_EVERY = 0.1  # seconds between two questions, about
 
 
 class Agreement:
-    "A number that all ranks know of: the largest that any of them has."
+    "A number on which all ranks agree: the largest that any of them has."
 
     def __init__(self, step: int, ranks: int):
         # apart from the training's own group, and from the GPU
@@ -73,7 +73,7 @@ class Agreement:
         self.due = 0  # the step of the next one
 
     def at(self, step: int, number: int) -> int:
-        "The number that all ranks know of at this step; `number` is this rank's."
+        "The number that all ranks have agreed on at this step; `number` is this rank's."
         if self.ranks == 1:
             return number
         agreed = self.answer(step)

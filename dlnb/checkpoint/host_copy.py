@@ -20,7 +20,7 @@ class HostCopy:
         self,
         content: Any,  # dictionaries, lists and tuples of anything, with tensors of any device
     ) -> Any:  # the same, with copies of the tensors
-        "Copy. Tensors that are one stay one; a view takes the memory of its own elements."
+        "Copy. Tensors that share memory share it in the copy; a view takes the memory of its own elements."
         tensors = TensorCopies({key: list(buffers) for key, buffers in self.buffers.items()})
         copied = copy_nested(content, tensors.copy)
         self.buffers = tensors.taken  # what was not used is given back

@@ -24,7 +24,7 @@ from ..system.trainer_internals import is_between_epochs
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7e50e817
 class RankedCheckpoints(ModelCheckpoint):
-    "Lightning's `ModelCheckpoint`, which finds the checkpoints that it has ranked again wherever their folder has come to be."
+    "Lightning's `ModelCheckpoint`, which finds the checkpoints that it has ranked again when their folder was moved."
 
     _paths = ("best_model_path", "kth_best_model_path", "last_model_path")
 
@@ -35,7 +35,7 @@ class RankedCheckpoints(ModelCheckpoint):
         return state | {name: Path(state[name]).name for name in self._paths} | {"best_k_models": ranked, "dirpath": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        "Paths in this callback's folder; what is not there is forgotten when the training starts."
+        "Paths in this callback's folder; those that do not exist are forgotten when the training starts."
         paths = {name: self._here(state_dict.get(name) or "") for name in self._paths}
         ranked = {self._here(path): score for path, score in (state_dict.get("best_k_models") or {}).items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": ranked, "dirpath": self.dirpath})
@@ -54,7 +54,7 @@ class RankedCheckpoints(ModelCheckpoint):
             self._rank({path: score for path, score in self.best_k_models.items() if path in there})
 
     def _rank(self, scores: dict[str, torch.Tensor]) -> None:
-        "What follows from the scores of the checkpoints that there are. One that is NaN or infinite is none."
+        "Find the best and the worst from the scores of the checkpoints that exist. A score that is NaN or infinite does not count."
         self.best_k_models = {path: score for path, score in scores.items() if bool(torch.isfinite(score))}
         best, worst = (min, max) if self.mode == "min" else (max, min)
         ranked = list(self.best_k_models)
@@ -82,11 +82,11 @@ class DeferredCheckpoints(RankedCheckpoints):
         self.unwanted.append(Path(filepath))
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        "Also the one that the training resumed from: when it is removed, a newer one is complete."
+        "The checkpoint that the training resumed from is removed too: a newer one is complete by then."
         return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        "A metric that is not logged ends no training: the newest checkpoint is kept, and `CheckMonitor` reports it."
+        "A metric that is not logged does not end the training: the newest checkpoint is kept, and `CheckMonitor` reports it."
         if self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         elif self.save_top_k:
@@ -101,7 +101,7 @@ class DeferredCheckpoints(RankedCheckpoints):
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7a8fb859
 def take_due(trainer: Trainer, folder: str | None) -> tuple[list[Path], list[Path]]:
-    "The names to write and those to remove, of all callbacks that save into this folder: one writing serves them."
+    "The names to write and those to remove, of all callbacks that save into this folder: one save serves them all."
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, DeferredCheckpoints)]
     callbacks = [callback for callback in callbacks if callback.dirpath == folder]
     wanted = list(dict.fromkeys(path for callback in callbacks for path in callback.wanted))

@@ -142,7 +142,7 @@ def _gather(folder: Path, out: Path) -> None:
     with new_files(out) as (file,):
         try:
             _load_state_dict({root: _mapped(file, part, dtypes, weights)}, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # no Exception, but a BaseException
+        except CheckpointException as error:  # a BaseException, and not an Exception
             causes = "; ".join(str(cause) for cause, _ in error.failures.values())
             raise ValueError(f"{folder} is damaged: {shown(causes)}.") from None
 

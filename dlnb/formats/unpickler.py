@@ -57,7 +57,7 @@ _KEYS = (str, int, float, bool, bytes, type(None), Foreign, frozenset)
 
 
 def checked_key(key: Any, depth: int = 2) -> Any:
-    "What a dictionary or a set may have as key, so that its hash is soon found and seldom another's."
+    "What a dictionary or a set may have as key, so that hashing is fast and collisions are rare."
     if type(key) is tuple and depth and len(key) <= 16:
         for item in key:
             checked_key(item, depth - 1)
@@ -175,7 +175,7 @@ class Names(Containers):
 
 # %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
 class Unpickler(Names):
-    "Does what a pickle says, within bounds."
+    "Executes a pickle's instructions, within bounds."
 
     kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
 

@@ -79,7 +79,7 @@ class Share:
         self.num_replicas, self.rank = num_replicas, rank
 
     def blocks(self, epoch: int, first: int = 0) -> Iterator[Block]:
-        "From a block on, whose place the stream has been set to. Raises `ValueError` for an evaluation of fewer samples than ranks."
+        "The blocks from `first` on, to which the stream has been set. Raises `ValueError` for an evaluation of fewer samples than ranks."
         blocks = read_blocks(self.stream, self.size, self.seed, epoch, first)
         if self.drop_last:
             blocks = takewhile(lambda block: len(block[0]) == self.size, blocks)
@@ -90,7 +90,7 @@ class Share:
             yield Block(samples[self.rank :: self.num_replicas], state, len(samples) // self.num_replicas, most)
 
 # %% ../../nbs/loading/01_stream.ipynb #b0482c5a
-FETCHED_AHEAD = 8  # batches, more than Lightning does
+FETCHED_AHEAD = 8  # batches, more than Lightning fetches
 
 
 class StreamLoader:
@@ -123,18 +123,18 @@ class StreamLoader:
                 number += 1
                 self.states[number] = block.state
                 self.states.pop(number - FETCHED_AHEAD, None)
-                if not self.share.drop_last:  # nobody asks for the numbers of what is trained, and there is no end of them
+                if not self.share.drop_last:  # the numbers of trained samples are not needed, and may be endless
                     self.seen_batch_indices.append([index for index, _ in samples])
                 yield self.collate_fn([sample for _, sample in samples])
         if hasattr(self.share.stream, "state_dict"):
-            self.states[0] = self.share.stream.state_dict()  # where the next epoch begins
+            self.states[0] = self.share.stream.state_dict()  # where the next epoch starts
 
 # %% ../../nbs/loading/01_stream.ipynb #f92e8b6d
 class ResumableStreamLoader(StreamLoader):
     "A loader of a stream that has `state_dict` and `load_state_dict`, as torchdata's loaders have them."
 
     def state_dict(self) -> dict[str, Any]:
-        "For the batch that was trained last; between two epochs, for the beginning of the next one."
+        "For the batch that was trained last; between two epochs, for the start of the next one."
         trained = self.place()[1]
         place = trained if trained in self.states else 0
         return {"block": place // self.batches_per_block, "stream": self.states.get(place)}
