@@ -72,7 +72,7 @@ def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
         uses_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         return _TF32 if uses_tf32 else H200.get(dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a device is not known is no fault of the training
+        warnings.simplefilter("ignore")  # an unknown device is not an error of the training
         return get_available_flops(device, dtype)
 
 

@@ -85,7 +85,7 @@ def named_states(
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #e07b0289
 def is_native(trainer: Trainer, checkpoint: Path) -> bool:
-    "Whether the Trainer's strategy loads this checkpoint by itself, with all that the optimizer keeps."
+    "Whether the Trainer's strategy loads this checkpoint by itself, including the optimizer's states."
     if not zero_stage(trainer.strategy):
         return checkpoint.is_file() or not writes_one_file(trainer.strategy)
     saved, here = read_manifest(checkpoint) if checkpoint.is_dir() else None, manifest_of(trainer)
@@ -161,7 +161,7 @@ def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
     "Restore the optimizer's state, or warn that it starts without its saved state, and why."
     try:
         if not (states := saved.states(optimizer_groups(trainer))):
-            raise ValueError("the checkpoint holds nothing of its optimizer")
+            raise ValueError("the checkpoint holds no states of its optimizer")
         fill_states(find_slots(trainer), states, base_optimizer(trainer.optimizers[0]))
     except ValueError as error:
         warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} starts without its saved state: {error}.", stacklevel=2)

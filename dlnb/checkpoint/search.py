@@ -62,7 +62,7 @@ def _sentence(path: Path, error: Exception) -> str:
 
 # %% ../../nbs/checkpoint/02_search.ipynb #46b53a30
 def tidy(
-    folder: str | Path,  # with checkpoints in it, which nobody writes now
+    folder: str | Path,  # with checkpoints in it, to which no process writes now
 ) -> None:
     "Finish or remove what a killed process left unfinished."
     for path in sorted(Path(folder).glob(f"*{UNFINISHED}")):

@@ -307,7 +307,7 @@ def _check_tree(value: Any, limit: int, kinds: tuple[type, ...]) -> None:
             below = measure(item, depth + 1)
             size, height = size + below[0], max(height, below[1] + 1)
         if size > limit or height > DEPTH:
-            raise pickle.UnpicklingError("it is nested too deep, or without end when what is shared is written out")
+            raise pickle.UnpicklingError("it is nested too deep, or endless when what is shared is written out")
         measured[id(value)] = size, height
         return size, height
 

@@ -91,7 +91,7 @@ def _read_states(path: Path, key: str, otherwise: str) -> dict:
 
 def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The ranks' optimizer states. Raises `ValueError` where one is not of the same save as the first."
-    otherwise = "is no shard of a ZeRO checkpoint: it has no optimizer_state_dict."
+    otherwise = "is not a shard of a ZeRO checkpoint: it has no optimizer_state_dict."
     shards = [_read_states(path, "optimizer_state_dict", otherwise) for path in paths]
     first, *others = [shard["optimizer_state_dict"] for shard in shards]
     ranks = first.get("partition_count", len(paths))
@@ -272,7 +272,7 @@ def read_all_shards(folder: Path) -> tuple[list[dict], list[dict]]:
 
 # %% ../../nbs/formats/06_zero.ipynb #f61c28de
 def _is_partitioned(optimizers: list[dict]) -> bool:
-    "Whether it is stage 3, which partitions each parameter by itself."
+    "Whether it is stage 3, which partitions each parameter separately."
     return "fp32_flat_groups" in optimizers[0]
 
 
