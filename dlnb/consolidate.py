@@ -10,6 +10,8 @@ import argparse
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import unknown
@@ -32,7 +34,7 @@ def _bytes(
 
 # %% ../nbs/01_consolidate.ipynb #82c7a910
 def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
-    "The file to write. Raises where it cannot be there, or is."
+    "The file to write. Raises where it cannot be written, or exists."
     out, suffix = Path(out), ".ckpt" if ckpt else ".safetensors"
     out = out / f"model{suffix}" if out.is_dir() else out
     if out.suffix != suffix:
@@ -43,6 +45,17 @@ def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:
     for path in (out, out.with_name(f"{out.name}.index.json")):
         check_target(path, overwrite)
     return out
+
+# %% ../nbs/01_consolidate.ipynb #4e33de54
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    "Have an `OSError` without a file name `out`."
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+        raise
 
 # %% ../nbs/01_consolidate.ipynb #faab1814
 def consolidate(
@@ -55,7 +68,7 @@ def consolidate(
 ) -> Path:  # the file to open; where there are several, their index
     """Write a checkpoint's weights into one file, without loading them, and without running anything that its pickles name.
 
-    The file gets its name when it is complete. ZeRO's weights are its float32 master copy. Tied weights stand once, and
+    The file gets its name when it is complete. ZeRO's weights are its float32 master copy. Tied weights are stored once, and
     `safetensors.torch.load_model` ties them again. Raises `FileNotFoundError` and `FileExistsError`, `ValueError` for a
     checkpoint that is damaged, incomplete or of an unknown kind, and `OSError` where the disk is full, each naming the file.
     """
@@ -67,27 +80,22 @@ def consolidate(
     out, checkpoint = _target(out, ckpt, overwrite), Path(checkpoint)
     index = out.with_name(f"{out.name}.index.json")
     former = _former_shards(index)
-    try:
-        with readable_layout(checkpoint, out) as found:
-            layout = found.averaged
-            if not layout.weights:
-                raise ValueError(f"{checkpoint} holds no weights.")
-            check_no_source({checkpoint, *files_of(layout)}, [out, index, *former])
-            if ckpt:
-                written = [write_lightning(layout, out, dtype, checkpoint)]
-            else:
-                written = write_safetensors(layout, out, dtype, limit, overwrite)
-    except OSError as error:
-        if error.filename is None and error.errno:  # of a write to an open file
-            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
-        raise
-    for path in {out, index, *former} - {*written}:  # what is left of the others would be loaded first
+    with _naming(out), readable_layout(checkpoint, out) as found:
+        layout = found.averaged
+        if not layout.weights:
+            raise ValueError(f"{checkpoint} holds no weights.")
+        check_no_source({checkpoint, *files_of(layout)}, [out, index, *former])
+        if ckpt:
+            written = [write_lightning(layout, out, dtype, checkpoint)]
+        else:
+            written = write_safetensors(layout, out, dtype, limit, overwrite)
+    for path in {out, index, *former} - {*written}:  # other files of an earlier result would be loaded first
         path.unlink(missing_ok=True)
     return written[-1]
 
 # %% ../nbs/01_consolidate.ipynb #edda5e2c
 def _former_shards(index: Path) -> list[Path]:
-    "The shards that this index was written with: those of its own name and number, beside it. Of any other index, none."
+    "The shards that this index was written with, by their names in the same folder. For any other index, none."
     if not index.is_file() or index.is_symlink():
         return []
     try:

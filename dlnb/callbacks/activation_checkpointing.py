@@ -31,7 +31,7 @@ def activations_checkpointed(
     model: nn.Module,
     names: list[str],  # as for `find_blocks`
 ) -> Iterator[None]:
-    "Keep the inputs of the model's blocks alone for the backward pass. Raises `ValueError` where there is no such block."
+    "Keep only the inputs of the model's blocks for the backward pass. Raises `ValueError` where there is no such block."
     blocks, transformers = find_blocks(model, names, "activation_checkpointing"), _by_itself(model)
     inside = {outer for outer in transformers for name in blocks if name.startswith(f"{outer}.")}
     with ExitStack() as undo:

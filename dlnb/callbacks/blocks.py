@@ -25,7 +25,7 @@ def _repeated(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def outermost(model: nn.Module, modules: set[nn.Module]) -> dict[str, nn.Module]:
-    "By name, those that are in no other one."
+    "By name, those that are not within another one."
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():  # what holds a module comes before it
         if module in modules and not any(name.startswith(f"{outer}.") for outer in found):
@@ -58,7 +58,7 @@ def forward_replaced(
     wrap: Callable[[Callable], Callable],  # makes the new `forward` of the old one
 ) -> Iterator[None]:
     "Have a module compute by another function for a while."
-    own = vars(block).get("forward")  # somebody else's
+    own = vars(block).get("forward")  # set by another library
     block.forward = wrap(block.forward)
     try:
         yield
@@ -69,7 +69,7 @@ def forward_replaced(
 
 # %% ../../nbs/callbacks/12_blocks.ipynb #b10cca12
 class BlockCallback(Callback):
-    "What it enters into `undo` is taken back when the training ends."
+    "What it enters into `undo` is undone when the training ends."
 
     def __init__(self) -> None:
         self.undo = ExitStack()

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/callbacks/03_checks.ipynb #79a887d8
+from collections.abc import Iterable
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import distributed
@@ -17,13 +19,43 @@ from ..optimizers.target import zero_stage
 from ..system.log import log
 from ..system.trainer_internals import validation_names
 
+# %% ../../nbs/callbacks/03_checks.ipynb #cd550a62
+def find_replacement(
+    monitor: str,  # that is not logged
+    logged: Iterable[str],  # the metrics of the validation
+    is_default: bool,
+) -> str | None:  # None to monitor nothing
+    "Another metric for the default. Raises `ValueError` where the user asked for `monitor`, or where there is not one loss to take."
+    losses = [name for name in logged if "loss" in name]
+    if not is_default or len(losses) != 1 and logged:
+        raise ValueError(f"The model does not log what is monitored: {unknown('monitor', monitor, logged)}")
+    return losses[0] if losses else None
+
+# %% ../../nbs/callbacks/03_checks.ipynb #3433c53d
+def replace_monitor(
+    trainer: Trainer,
+    before: str | None,
+    name: str | None,  # None for the newest checkpoint, without early stopping
+) -> None:
+    "Have all callbacks monitor `name` in place of `before`, and report it."
+    if trainer.is_global_zero:
+        now = f"Monitored is {name}." if name else "Nothing is monitored, and the newest checkpoint is kept."
+        log.warning(f"{before} is not logged. {now}")
+    for callback in trainer.callbacks:
+        if getattr(callback, "monitor", None) != before or isinstance(callback, CheckMonitor):
+            continue
+        if name is None and isinstance(callback, EarlyStopping):
+            callback.strict = False  # it has nothing to stop by
+        elif name is not None or isinstance(callback, ModelCheckpoint):
+            callback.monitor = name
+
 # %% ../../nbs/callbacks/03_checks.ipynb #1e820e72
 class CheckMonitor(Callback):
     "Refuses, before the first step, to monitor a validation metric that is not logged; finds another one for the default."
 
     def __init__(self, monitor: str, is_default: bool = False):
         self.monitor: str | None = monitor
-        self.resumed: str | None = monitor  # as the checkpoint has it that is resumed from
+        self.resumed: str | None = monitor  # as in the checkpoint that is resumed from
         self.is_default = is_default
         self.is_logged = self.has_validated = False
 
@@ -32,10 +64,7 @@ class CheckMonitor(Callback):
         self.is_logged = self.monitor in logged
         if not self.monitor.startswith("val") or self.is_logged:
             return
-        losses = [name for name in logged if "loss" in name]
-        if not self.is_default or len(losses) != 1 and logged:
-            raise ValueError(f"The model does not log what is monitored: {unknown('monitor', self.monitor, logged)}")
-        self._follow(trainer, losses[0] if losses else None)
+        self._follow(trainer, find_replacement(self.monitor, logged, self.is_default))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_validated |= not trainer.sanity_checking
@@ -50,16 +79,10 @@ class CheckMonitor(Callback):
     def _look_again(self, trainer: Trainer) -> None:
         self.is_logged |= self.monitor in trainer.callback_metrics
         if self.monitor is not None and not self.is_logged and (self.has_validated or not trainer.enable_validation):
-            self._follow(trainer, None)  # nobody has looked before: rather no monitor than a training that ends here
+            self._follow(trainer, None)  # it could not be checked before: better no monitor than a training that ends here
 
     def _follow(self, trainer: Trainer, name: str | None) -> None:
-        "Have all callbacks monitor `name` in place of `monitor`; None for the newest checkpoint, without early stopping."
-        if trainer.is_global_zero:
-            log.warning(
-                f"{self.monitor} is not logged. "
-                + (f"Monitored is {name}." if name else "Nothing is monitored, and the newest checkpoint is kept.")
-            )
-        _set_monitor(trainer, self.monitor, name)
+        replace_monitor(trainer, self.monitor, name)
         self.monitor = self.resumed = name
 
     def state_dict(self) -> dict[str, str | None]:
@@ -74,19 +97,9 @@ class CheckMonitor(Callback):
         elif self.monitor and self.monitor.startswith("val") and self.is_default and not trainer.enable_validation:
             self._follow(trainer, None)
 
-# %% ../../nbs/callbacks/03_checks.ipynb #3433c53d
-def _set_monitor(trainer: Trainer, before: str | None, name: str | None) -> None:
-    for callback in trainer.callbacks:
-        if getattr(callback, "monitor", None) != before or isinstance(callback, CheckMonitor):
-            continue
-        if name is None and isinstance(callback, EarlyStopping):
-            callback.strict = False  # it has nothing to stop by
-        elif name is not None or isinstance(callback, ModelCheckpoint):
-            callback.monitor = name
-
 # %% ../../nbs/callbacks/03_checks.ipynb #eaa65598
 class CheckBatches(Callback):
-    "Refuses an epoch that the ranks, or DeepSpeed's accumulation, cannot train evenly."
+    "Refuses an epoch whose batches the ranks, or DeepSpeed's accumulation, cannot divide evenly."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
@@ -121,7 +134,7 @@ class CheckLengths(Callback):
             if split == "train" and saved.batch:
                 raise ValueError(
                     f"{message} The checkpoint is {saved.batch} batches into an epoch, a place that this data does not have. Restore the "
-                    "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to begin again."
+                    "data, give resume= a checkpoint that was saved between two epochs, or resume='never' to start again."
                 )
             if trainer.is_global_zero:
                 log.warning(message)

@@ -32,8 +32,45 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 def changed_names(before: dict[str, Tensor], tensors: dict[str, Tensor]) -> set[str]:
-    "Whose elements are not what they were."
+    "The names of the tensors whose elements have changed."
     return {name for name, values in before.items() if name not in tensors or not torch.equal(sample(tensors[name]), values)}
+
+# %% ../../nbs/callbacks/11_exclude_frozen.ipynb #7ba74aa1
+def gathered(trainer: Trainer, names: set[str]) -> set[str]:
+    "The names of all ranks."
+    if trainer.world_size == 1:
+        return names
+    ranks: list[set[str]] = [set()] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, names)
+    return set.union(*ranks)
+
+
+def unchanged_names(
+    trainer: Trainer,
+    values: dict[str, Tensor],  # samples of parameters when the training started
+) -> set[str]:
+    "Of these parameters those that are frozen, and have their values on all ranks; all ranks call it."
+    module = trainer.lightning_module
+    frozen = values.keys() & frozen_names(module)
+    return frozen - gathered(trainer, changed_names({name: values[name] for name in frozen}, tensors_of(module)))
+
+# %% ../../nbs/callbacks/11_exclude_frozen.ipynb #c080ac16
+def _builds_later(module: LightningModule) -> bool:
+    return is_overridden("configure_model", module)
+
+
+def known_digests(module: LightningModule, weights: str | Path | None) -> dict[str, str | None]:
+    "The parameters that can be left out, with the digests of their values."
+    found = find_pretrained(module, weights).match.weights if weights and not _builds_later(module) else {}
+    return digests(module, found, tensors_of(module))
+
+# %% ../../nbs/callbacks/11_exclude_frozen.ipynb #c91a5270
+def leave_out(trainer: Trainer, frozen: set[str], unchanged: set[str]) -> set[str]:
+    "Have the strategy leave frozen parameters out of the next checkpoint, as far as it can. Returns their names."
+    if not hasattr(trainer.strategy, "exclude_frozen_parameters"):
+        return unchanged
+    trainer.strategy.exclude_frozen_parameters = bool(unchanged) and frozen <= unchanged
+    return unchanged if trainer.strategy.exclude_frozen_parameters else set()
 
 # %% ../../nbs/callbacks/11_exclude_frozen.ipynb #9d52d5d5
 class ExcludeFrozen(LeavesOut):
@@ -52,11 +89,9 @@ class ExcludeFrozen(LeavesOut):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.is_global_zero and self.start is None:
-            weights = find_pretrained(pl_module, self.weights).match.weights if self.weights and not _builds_later(pl_module) else {}
-            self.known = digests(pl_module, weights, tensors_of(pl_module))
-        known = self.start.left_out if self.start else self.known
-        self.known, self.start, self.weights = trainer.strategy.broadcast((known, self.start, self.weights))
+        if trainer.is_global_zero:
+            self.known = self.start.left_out if self.start else known_digests(pl_module, self.weights)
+        self.known, self.start, self.weights = trainer.strategy.broadcast((self.known, self.start, self.weights))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _builds_later(pl_module) and not self.start:
@@ -68,13 +103,8 @@ class ExcludeFrozen(LeavesOut):
 
     def collect(self, trainer: Trainer) -> None:
         "Decide what the next checkpoint leaves out; all ranks call it."
-        module = trainer.lightning_module
-        kept = self.values.keys() & frozen_names(module)
-        changed = gathered(trainer, changed_names({name: self.values[name] for name in kept}, tensors_of(module)))
-        left_out, frozen = kept - changed, frozen_names(module)
-        if hasattr(trainer.strategy, "exclude_frozen_parameters"):
-            left_out = left_out if frozen <= left_out else set()
-            trainer.strategy.exclude_frozen_parameters = bool(left_out)
+        frozen = frozen_names(trainer.lightning_module)
+        left_out = leave_out(trainer, frozen, unchanged_names(trainer, self.values))
         self._report(trainer, frozen - left_out)
         known = {name: self.known[name] for name in self.known if name in left_out}
         place = str(Path(self.weights).resolve()) if self.weights else None
@@ -84,16 +114,3 @@ class ExcludeFrozen(LeavesOut):
         if (new := sorted(names - self.reported)) and trainer.is_global_zero:
             log.warning(f"Frozen, and saved all the same, as the values are not those of the start: {few(new)}.")
         self.reported |= names
-
-# %% ../../nbs/callbacks/11_exclude_frozen.ipynb #7ba74aa1
-def _builds_later(module: LightningModule) -> bool:
-    return is_overridden("configure_model", module)
-
-
-def gathered(trainer: Trainer, names: set[str]) -> set[str]:
-    "The names of all ranks."
-    if trainer.world_size == 1:
-        return names
-    ranks: list[set[str]] = [set()] * trainer.world_size
-    torch.distributed.all_gather_object(ranks, names)
-    return set.union(*ranks)

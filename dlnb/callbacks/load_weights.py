@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/callbacks/07_load_weights.ipynb #6ebb90a4
-from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +16,28 @@ from ..checkpoint.pretrained import fill_model, find_pretrained
 from ..checkpoint.weights import load_weights
 from ..consolidate import consolidate
 
+# %% ../../nbs/callbacks/07_load_weights.ipynb #dd722f1c
+@contextmanager
+def consolidated(
+    trainer: Trainer,
+    checkpoint: Path,
+    folder: Path,  # that all ranks share
+) -> Iterator[Path]:
+    "A checkpoint's weights in one file, while the block runs; all ranks enter it together."
+    file = folder / "model.safetensors"
+    try:
+        if trainer.is_global_zero:
+            consolidate(checkpoint, file, overwrite=True)
+        trainer.strategy.barrier()
+        yield file
+        trainer.strategy.barrier()
+    finally:
+        if trainer.is_global_zero:
+            file.unlink(missing_ok=True)
+
 # %% ../../nbs/callbacks/07_load_weights.ipynb #58f5c52c
 class LoadWeights(Callback):
-    "Loads the weights of a .safetensors file, or of any checkpoint, before a test or a prediction begins."
+    "Loads the weights of a .safetensors file, or of any checkpoint, before a test or a prediction starts."
 
     def __init__(
         self,
@@ -25,8 +45,8 @@ class LoadWeights(Callback):
         folder: str | Path,  # that all ranks share, for a checkpoint's weights as one file
         base: str | Path | None = None,  # what the weights were trained over, where they leave out parameters
     ):
-        self.weights, self.folder, self.loaded = Path(weights), Path(folder), False
-        self.base = base
+        self.weights, self.folder, self.base = Path(weights), Path(folder), base
+        self.loaded = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.load(trainer, pl_module)
@@ -40,20 +60,7 @@ class LoadWeights(Callback):
             return
         base = find_pretrained(pl_module, self.base).match.weights if self.base else {}
         fill_model(pl_module, base)
-        if self.weights.suffix == ".safetensors":
-            load_weights(pl_module, self.weights, base)
-        else:
-            self._load_consolidated(trainer, pl_module, base)
-        self.loaded = True
-
-    def _load_consolidated(self, trainer: Trainer, pl_module: LightningModule, base: Collection[str]) -> None:
-        file = self.folder / "model.safetensors"
-        try:
-            if trainer.is_global_zero:
-                consolidate(self.weights, file, overwrite=True)
-            trainer.strategy.barrier()
+        is_one_file = self.weights.suffix == ".safetensors"
+        with nullcontext(self.weights) if is_one_file else consolidated(trainer, self.weights, self.folder) as file:
             load_weights(pl_module, file, base)
-            trainer.strategy.barrier()
-        finally:
-            if trainer.is_global_zero:
-                file.unlink(missing_ok=True)
+        self.loaded = True

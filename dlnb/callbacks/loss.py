@@ -15,6 +15,25 @@ from ..system.log import log
 # %% ../../nbs/callbacks/04_loss.ipynb #b5ae503d
 NEVER = 2**62  # a step that no training reaches
 
+
+class FirstNonFinite:
+    "The first optimizer step whose loss was NaN or infinite, in a tensor on the device."
+
+    def __init__(self, device: torch.device):
+        self.step = torch.tensor(NEVER, device=device)
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        "Take a step's loss into account. Nothing waits for the device."
+        bad = ~torch.isfinite(loss.detach()).all()
+        self.step = torch.where(bad, self.step.clamp(max=step), self.step)
+
+    def of_all_ranks(self, world_size: int) -> int:
+        "The first such step of any rank; `NEVER` where there is none. All ranks call it."
+        step = self.step.clone()
+        if world_size > 1:
+            distributed.all_reduce(step, distributed.ReduceOp.MIN)
+        return int(step)
+
 # %% ../../nbs/callbacks/04_loss.ipynb #ea4b4923
 class CheckLoss(Callback):
     "Reports at which optimizer step the training loss became NaN or infinite, or raises `ValueError` there on all ranks."
@@ -25,17 +44,16 @@ class CheckLoss(Callback):
         every_n_batches: int = 10,  # of a rank, between two looks
     ):
         self.terminate_on_nan, self.every = terminate_on_nan, every_n_batches
-        self.first: torch.Tensor | None = None  # the first step whose loss was not finite, on the device; None when it is reported
+        self.first: FirstNonFinite | None = None  # None once it is reported
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.first = torch.tensor(NEVER, device=pl_module.device)
+        self.first = FirstNonFinite(pl_module.device)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         if self.first is None:
             return
-        bad = ~torch.isfinite(loss.detach()).all()
-        self.first = torch.where(bad, self.first.clamp(max=trainer.global_step), self.first)
-        if self.terminate_on_nan and (step := self._agreed(trainer)) < NEVER:
+        self.first.add(loss, trainer.global_step)
+        if self.terminate_on_nan and (step := self.first.of_all_ranks(trainer.world_size)) < NEVER:
             raise ValueError(
                 f"terminate_on_nan: the loss is NaN or infinite at optimizer step {step}, epoch {trainer.current_epoch}. The weights "
                 "are those of the step before. A lower lr, gradient_clip_val or another precision may help."
@@ -48,15 +66,8 @@ class CheckLoss(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer)
 
-    def _agreed(self, trainer: Trainer) -> int:
-        "The first such step of any rank."
-        first = self.first.clone()
-        if trainer.world_size > 1:
-            distributed.all_reduce(first, distributed.ReduceOp.MIN)
-        return int(first)
-
     def _report(self, trainer: Trainer) -> None:
-        if self.first is None or (step := self._agreed(trainer)) == NEVER:
+        if self.first is None or (step := self.first.of_all_ranks(trainer.world_size)) == NEVER:
             return
         self.first = None
         if trainer.is_global_zero:

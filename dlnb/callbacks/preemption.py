@@ -35,7 +35,7 @@ WORKER_GRACE = 300  # seconds that a loading process stays after a signal, while
 
 
 def _end_with_trainer() -> None:
-    "A loading process of torch looks for its parent's death too, but not for one that came before it had begun."
+    "A loading process of torch notices its parent's death too, but not if the parent died before the process had started."
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -50,7 +50,7 @@ def _init_worker(is_over: Any, init: Callable[[int], None] | None, worker: int) 
 
 def _with_patient_workers(
     loader: Any,
-    is_over: Any,  # a value in shared memory: whether the training has ended, and nobody needs the workers any more
+    is_over: Any,  # a value in shared memory: whether the training has ended, and the workers are no longer needed
 ) -> Any:
     "A scheduler's signal reaches loading processes too: they stay until the training has saved, and no longer than it lives."
     if isinstance(loader, DataLoader) and getattr(loader.worker_init_fn, "func", None) is not _init_worker:
@@ -62,7 +62,7 @@ ASK_EVERY = 0.1  # seconds between two questions, about
 
 
 class Agreement:
-    "A number that all ranks know of: the largest that any of them has."
+    "A number on which all ranks agree: the largest that any of them has."
 
     def __init__(self, step: int, ranks: int):
         # apart from the training's own group, and from the GPU
@@ -73,7 +73,7 @@ class Agreement:
         self.due = 0  # the step of the next one
 
     def at(self, step: int, number: int) -> int:
-        "The number that all ranks know of at this step; `number` is this rank's."
+        "The number that all ranks have agreed on at this step; `number` is this rank's."
         if self.ranks == 1:
             return number
         agreed = self.answer(step)
@@ -99,14 +99,38 @@ class Agreement:
         self.due = step + interval
         return number
 
+# %% ../../nbs/callbacks/01_preemption.ipynb #9dd0ca00
+class StopSignals:
+    "Notes the signal that asks this process to stop."
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.before: dict[int, Any] = {}  # the handlers that are replaced
+
+    def install(self, trainer: Trainer) -> None:
+        handle_signals_by(trainer, self.receive)
+        asking = (signal.SIGUSR1, signal.SIGINT) if hasattr(sys, "ps1") else (signal.SIGUSR1,)  # SIGINT is the Stop button's
+        self.before = {number: signal.signal(number, self.receive) for number in asking}
+
+    def receive(self, number: int, frame: Any) -> None:
+        "The signals' handler."
+        self.received = number
+        announce_stop()
+        if number == signal.SIGINT:  # the next one ends it at once
+            signal.signal(number, self.before[number])
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
 # %% ../../nbs/callbacks/01_preemption.ipynb #5c1bda9c
 class StopTogether(Callback):
     "On SIGTERM or SIGUSR1 to any rank, saves and raises `Preempted` on all ranks after the same optimizer step."
 
     def __init__(self) -> None:
-        self.received = 0  # the signal's number
+        self.signals = StopSignals()
         self.agreement: Agreement | None = None
-        self.handlers_before: dict[int, Any] = {}
         self.is_over = RawValue("b", 0)  # shared with loading processes
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,24 +139,13 @@ class StopTogether(Callback):
         add_boundaries(trainer)
         self.is_over.value = 0
         process_loaders(trainer, partial(_with_patient_workers, is_over=self.is_over))
-        handle_signals_by(trainer, self.receive)
-        asking = (
-            (signal.SIGUSR1, signal.SIGINT) if hasattr(sys, "ps1") else (signal.SIGUSR1,)
-        )  # the Stop button of a kernel that trains itself
-        self.handlers_before = {number: signal.signal(number, self.receive) for number in asking}
-
-    def receive(self, number: int, frame: Any) -> None:
-        "The signals' handler."
-        self.received = number
-        announce_stop()
-        if number == signal.SIGINT:  # the next one ends it at once
-            signal.signal(number, self.handlers_before[number])
+        self.signals.install(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.agreement = Agreement(trainer.global_step, trainer.world_size)
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if number := self.agreement.at(trainer.global_step, self.received):
+        if number := self.agreement.at(trainer.global_step, self.signals.received):
             where = save_last(trainer)
             name = signal.Signals(number).name
             announce_preempted()
@@ -146,9 +159,7 @@ class StopTogether(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.is_over.value = 1
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
-        self.handlers_before = {}
+        self.signals.restore()
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #b06ff781
 def save_last(trainer: Trainer) -> str:

@@ -26,8 +26,8 @@ class ReportProgress(Callback):
     ):
         self.monitor, self.report = monitor, report
         self.reports, self.pruned = 0, False
-        self.in_epoch = 0  # reports since the epoch began
-        self.after_epochs = False  # it is logged in training, and complete when the epoch is
+        self.in_epoch = 0  # reports since the epoch started
+        self.after_epochs = False  # the metric is logged in training, and complete at the end of an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.in_epoch = 0

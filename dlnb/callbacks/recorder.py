@@ -65,14 +65,26 @@ def describe_run(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
 
 # %% ../../nbs/callbacks/00_recorder.ipynb #d9058734
 def _logged(trainer: Trainer) -> dict[str, float]:
-    "The last metrics but learning rates. They are averaged when they are first read, which all ranks must do together."
+    "The last metrics, without learning rates. They are averaged when they are first read, which all ranks must do together."
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {name: value for name, value in logged.items() if not name.startswith("lr")}
 
 
 def _relative(path: str, folder: Path) -> str | None:
-    "The path from the folder on, whatever links lead to either."
+    "The path relative to the folder, with links resolved."
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path else None
+
+# %% ../../nbs/callbacks/00_recorder.ipynb #60a97b51
+def describe_checkpoint(trainer: Trainer, manifest: Manifest, record: RunRecord) -> dict[str, Any]:
+    "What the record says of a checkpoint that is being saved, once it is complete; all ranks call it."
+    best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
+    progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
+    path = _relative(best.best_model_path, record.folder)
+    if path != record.best_checkpoint:
+        progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}
+    score = None if best.best_model_score is None else float(best.best_model_score)
+    latest = _relative(last.last_model_path or best.last_model_path or best.best_model_path, record.folder)
+    return progress | {"best_score": score, "last_checkpoint": latest}
 
 # %% ../../nbs/callbacks/00_recorder.ipynb #e231e6ac
 class RunRecorder(Callback):
@@ -94,7 +106,7 @@ class RunRecorder(Callback):
         if trainer.is_global_zero:
             self._note(resolved=resolved)
             if isinstance(trainer.logger, MetricsLogger):
-                trainer.logger.file.keep_before(logged_steps(trainer))  # what rows are counted by
+                trainer.logger.file.keep_before(logged_steps(trainer))  # the count that rows are written by
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.update(trainer, finished_epochs=trainer.current_epoch + 1)
@@ -104,18 +116,11 @@ class RunRecorder(Callback):
         progress = {} if trainer.checkpoint_callbacks else {"epoch": finished_epochs, "step": trainer.global_step}
         logged = _logged(trainer)
         if trainer.is_global_zero:
-            self._note(**({"metrics": logged} if logged else {}), **progress)  # none were logged where nothing was left to train
+            self._note(**({"metrics": logged} if logged else {}), **progress)  # none are logged where no step was left to train
 
     def note_of_checkpoint(self, trainer: Trainer, manifest: Manifest) -> Callable[[], None]:
-        "What the record is going to say when the checkpoint that is now being saved is complete; all ranks call it."
-        best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
-        progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
-        path = _relative(best.best_model_path, self.record.folder)
-        if path != self.record.best_checkpoint:
-            progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}
-        score = None if best.best_model_score is None else float(best.best_model_score)
-        latest = _relative(last.last_model_path or best.last_model_path or best.best_model_path, self.record.folder)
-        return partial(self._note, **progress, best_score=score, last_checkpoint=latest)
+        "Update the record when the checkpoint that is being saved is complete; all ranks call it."
+        return partial(self._note, **describe_checkpoint(trainer, manifest, self.record))
 
     def _note(self, **values: Any) -> None:
         with self.lock:

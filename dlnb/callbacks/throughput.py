@@ -88,7 +88,7 @@ def wait_per_step(first: Waited | None, last: Waited | None) -> float | None:
 
 # %% ../../nbs/callbacks/16_throughput.ipynb #6aa8fe1a
 def peak_host_memory() -> float:  # GB
-    "The most main memory that this process has held."
+    "The peak of this process's main memory."
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of what the system reports
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -110,7 +110,7 @@ class RankThroughput(NamedTuple):
     peak: float | None = None  # FLOP/s of its device
 
 # %% ../../nbs/callbacks/16_throughput.ipynb #b6550661
-NOT_IN_A_STEP = ("validation", "checkpoint")  # phases that are no part of a training step
+NOT_IN_A_STEP = ("validation", "checkpoint")  # phases that are not part of a training step
 NOTICEABLE = 0.01  # of the training's seconds
 
 
@@ -131,7 +131,7 @@ def _rounded(value: float) -> float:
 
 
 def _per_rank(ranks: list[RankThroughput]) -> dict[str, list[float]]:
-    "By name a number per rank, of what was measured."
+    "Lists by name, with one number per rank, of what all ranks have measured."
     rows = [
         {"data": rank.phases.get("data", 0.0), "communication": rank.phases.get("communication")}
         | {"host_memory": rank.host_memory, "device_memory": rank.device_memory}
@@ -160,7 +160,7 @@ def together(
 
 # %% ../../nbs/callbacks/16_throughput.ipynb #2c7c3a1d
 class Count(NamedTuple):
-    "What a rank has trained since the training began."
+    "What a rank has trained since the training started."
 
     steps: int = 0
     samples: int = 0
@@ -266,7 +266,7 @@ class Rows:
     def __init__(
         self,
         folder: Path | None = None,  # the run's; None for no file
-        step: int = 0,  # at which the training begins
+        step: int = 0,  # at which the training starts
     ):
         self.file = MetricsFile(folder / "throughput.csv") if folder else None
         self.before: tuple[Count, dict[str, float]] = Count(), {}

@@ -71,7 +71,7 @@ def _checkpoint_io_collector(files: dict[Path, Any]) -> Any:
 # %% ../../nbs/checkpoint/06_collector.ipynb #3ce6840d
 def _deepspeed_collector(engine: Any, files: dict[Path, Any]) -> Any:
     class Collector(type(engine)):  # type: ignore[misc]
-        def __init__(self) -> None: ...  # what is set up is only asked of the engine itself
+        def __init__(self) -> None: ...  # nothing to set up: the engine itself is asked
 
         def __getattr__(self, name: str) -> Any:
             return getattr(engine, name)
@@ -85,7 +85,7 @@ def _deepspeed_collector(engine: Any, files: dict[Path, Any]) -> Any:
             return True
 
         def preserves_storage_sharing(self) -> bool:
-            return False  # a copy is made of what is saved alone
+            return False  # only what is saved is copied
 
     return Collector()
 
@@ -99,7 +99,7 @@ def save_checkpoint(
     notes: Sequence[Callable[[], None]] = (),  # called by rank 0 when it is complete, before the removals
     background: bool = True,
 ) -> None:
-    "Save the training's state; all ranks call it together. Raises what the checkpoint before this one ran into."
+    "Save the training's state; all ranks call it together. Raises the error of the checkpoint before this one."
     began = time.perf_counter()
     writer.finish()
     staging, files = path_beside(paths[-1]), {}

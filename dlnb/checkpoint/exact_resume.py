@@ -9,6 +9,7 @@ __all__ = []
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -67,7 +68,7 @@ def generators_at_epoch_start(trainer: Trainer) -> dict[str, Any] | None:
 
 def warn_of_order() -> None:
     warnings.warn(
-        "The order of this epoch was drawn by as many processes as there were, and is another one with others: some of its "
+        "The order of this epoch was drawn for the number of processes at that time, and differs with another number: some of its "
         "samples come twice, and some not at all. dlnb.data.DataModule has an order that does not depend on them.",
         stacklevel=2,
     )
@@ -113,7 +114,7 @@ class RankStates:
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #03c01dd7
 def resume_averaging(trainer: Trainer) -> None:
-    "Set up the stochastic weight averaging that had begun in the epoch that is resumed, or before."
+    "Set up the stochastic weight averaging that had started in the epoch that is resumed, or before."
     for callback in trainer.callbacks:
         if isinstance(callback, StochasticWeightAveraging):
             groups = trainer.optimizers[0].param_groups
@@ -134,7 +135,7 @@ def resume_position(
         for loop in (fit_loop, epoch_loop, epoch_loop.val_loop):
             loop.on_iteration_done()  # a new epoch
         if states.loaders and all(isinstance(loader, ResumableStreamLoader) for loader in loaders_of(fit_loop)):
-            load_loader_states(trainer, states.loaders)  # a stream knows where its next epoch begins
+            load_loader_states(trainer, states.loaders)  # a stream knows where its next epoch starts
         return
     own = states.own(trainer)
     if own is None and (states.saved[0]["begun"] or drawing_samplers(trainer)):
@@ -146,11 +147,11 @@ def resume_position(
     begin(Start(batches if skipping else 0, own["begun"] if own else None))
     if states.loaders:
         load_loader_states(trainer, states.loaders)
-    iter(data_fetcher(trainer))  # Lightning has begun an epoch already, to count its batches
+    iter(data_fetcher(trainer))  # Lightning has started an epoch already, to count its batches
     if not skipping:
         read_and_drop(data_fetcher(trainer), batches)
     resume_averaging(trainer)
-    # An epoch that is resumed ends as any other: while the loops count as restarting, Lightning passes over its schedulers' step.
+    # An epoch that is resumed ends as any other: while the loops count as restarting, Lightning skips the schedulers' step.
     for loop in (epoch_loop, fit_loop):
         call_once_after(epoch_loop, "on_run_start", lambda *_, loop=loop: loop.on_iteration_done())
 
@@ -158,13 +159,9 @@ def resume_position(
 class ExactResume(Callback):
     """Makes a checkpoint hold all that a training needs, and the training resume from it as if it had never stopped.
 
-    Without it among the checkpoint's callbacks, or with another number of ranks, each rank gets a random stream of its own, a function of the
-    seed, the rank and the step."""
+    From a checkpoint without it, or of another number of ranks, each rank gets a random stream that depends on the seed, the rank and the step."""
 
-    def __init__(
-        self,
-        seed: int = 0,  # of the streams that are not restored
-    ):
+    def __init__(self, seed: int = 0):  # of the streams that are not restored
         self.seed, self.states = seed, RankStates()
         self.start = Start()  # of the next epoch
 
@@ -172,14 +169,14 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         add_boundaries(trainer)
-        process_loaders(trainer, lambda loader: self._resumable(trainer, loader) if trainer.training else loader)
+        process_loaders(trainer, partial(self._resumable, trainer))
         call_once_after(trainer.fit_loop, "on_run_start", lambda: self._restore(trainer))
 
     def _resumable(self, trainer: Trainer, loader: Any) -> Any:
         def where() -> tuple[int, int, int]:
             return self.seed, trainer.global_rank, trainer.fit_loop.epoch_progress.current.processed
 
-        return resumable(loader, where, self._take_start)
+        return resumable(loader, where, self._take_start) if trainer.training else loader
 
     def _take_start(self) -> Start:
         start, self.start = self.start, Start()

@@ -55,11 +55,11 @@ def fill_states(
     states: States,  # by the parameters' names
     optimizer: torch.optim.Optimizer,  # that has not stepped yet
 ) -> None:
-    "Give an optimizer the states of another. Raises `ValueError` where it keeps other ones."
+    "Give an optimizer the states of another one. Raises `ValueError` where it keeps different states."
     tensors = {id(slot.tensor): slot.tensor for slot in slots}
     kept = _states_of(optimizer, next(iter(tensors.values())))
     if kept.keys() != states.keys():
-        raise ValueError(f"it keeps {listing(kept)}, and in the checkpoint are {listing(states)}")
+        raise ValueError(f"it keeps {listing(kept)}, and the checkpoint has {listing(states)}")
     known = set.union(*(set(values) for values in states.values()))
     for key, tensor in tensors.items():
         if found := [slot for slot in slots if id(slot.tensor) == key and slot.name in known]:

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #70b65770
+from collections.abc import Callable
 from typing import Any
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #07f7d1b2
@@ -13,60 +14,63 @@ class HostCopy:
     "Copies of tensors in the host's memory, which is used again by the next copy."
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple, list[Any]] = {}
+        self.buffers: dict[tuple, list[Any]] = {}  # by shape, dtype and type of device
 
     def take(
         self,
         content: Any,  # dictionaries, lists and tuples of anything, with tensors of any device
     ) -> Any:  # the same, with copies of the tensors
-        "Copy. Tensors that are one stay one; a view takes the memory of its own elements."
-        self._free = {key: list(buffers) for key, buffers in self.buffers.items()}
-        self._taken: dict[tuple, list[Any]] = {}
-        self._copies: dict[tuple, Any] = {}
-        copied = self._copy(content)
-        self.buffers = self._taken  # what was not used is given back
+        "Copy. Tensors that share memory share it in the copy; a view takes the memory of its own elements."
+        tensors = TensorCopies({key: list(buffers) for key, buffers in self.buffers.items()})
+        copied = copy_nested(content, tensors.copy)
+        self.buffers = tensors.taken  # what was not used is given back
         return copied
 
-    def _copy(self, value: Any) -> Any:
-        import torch
+# %% ../../nbs/checkpoint/04_host_copy.ipynb #2828df97
+class TensorCopies:
+    "The copies of one state's tensors, in free buffers as far as they fit."
 
-        if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value)
-        if type(value) in (list, tuple):
-            return type(value)(self._copy(item) for item in value)
-        if isinstance(value, dict):
-            copied = {key: self._copy(item) for key, item in value.items()}
-            return copied if type(value) is dict else _like(value, copied)
-        return value
+    def __init__(self, free: dict[tuple, list[Any]]):
+        self.free, self.taken = free, {}
+        self.copies: dict[tuple, Any] = {}  # by the memory that they are of
 
-    def _copy_tensor(self, tensor: Any) -> Any:
+    def copy(self, tensor: Any) -> Any:
         import torch
 
         tensor = tensor.detach()
         if tensor.layout is not torch.strided or type(tensor) is not torch.Tensor and hasattr(tensor, "to_local"):
             return tensor.cpu().clone()
-        same = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
-        if same not in self._copies:
-            key = (tensor.shape, tensor.dtype, tensor.device.type)
-            free = self._free.get(key)
-            buffer = free.pop() if free else self._buffer(tensor)
-            self._taken.setdefault(key, []).append(buffer)
-            self._copies[same] = buffer.copy_(tensor)
-        return self._copies[same]
+        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if memory not in self.copies:
+            self.copies[memory] = self._buffer(tensor).copy_(tensor)
+        return self.copies[memory]
 
-    @staticmethod
-    def _buffer(tensor: Any) -> Any:
+    def _buffer(self, tensor: Any) -> Any:
         import torch
 
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        key = (tensor.shape, tensor.dtype, tensor.device.type)
+        if free := self.free.get(key):
+            buffer = free.pop()
+        else:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        self.taken.setdefault(key, []).append(buffer)
+        return buffer
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #e24e2216
+def copy_nested(value: Any, copy_tensor: Callable[[Any], Any]) -> Any:
+    "Dictionaries, lists and tuples with copies of the tensors in them."
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return copy_tensor(value)
+    if type(value) in (list, tuple):
+        return type(value)(copy_nested(item, copy_tensor) for item in value)
+    if isinstance(value, dict):
+        copied = {key: copy_nested(item, copy_tensor) for key, item in value.items()}
+        return copied if type(value) is dict else _like(value, copied)
+    return value
+
+
 def _like(value: dict, content: dict) -> dict:
     "A dictionary of the same class, with the attributes that torch puts on a state_dict."
     import copy

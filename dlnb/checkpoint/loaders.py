@@ -18,7 +18,7 @@ from ..data import EpochSampler, make_loader_like
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #925af801
 class _Batch(list):
-    "The indices of a batch, and the numbers that its streams belong to."
+    "The indices of a batch, and the numbers that seed its random streams."
 
     def __init__(self, indices: list[int], where: tuple[int, ...]):
         super().__init__(indices)
@@ -26,7 +26,7 @@ class _Batch(list):
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #60da4c4a
 class _SeededDataset(Dataset):
-    "A dataset whose batches begin with their own random streams, in a loading process."
+    "A dataset that seeds the generators for each batch, in a loading process."
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -50,10 +50,22 @@ class _SeededDataset(Dataset):
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #4826dbcf
 class Start(NamedTuple):
-    "Where in an epoch to begin."
+    "Where to start in an epoch."
 
     skip: int = 0  # batches
-    begun: dict[str, Any] | None = None  # the generators' states when the epoch began; None for an order that is computed
+    begun: dict[str, Any] | None = None  # the generators' states when the epoch started; None for an order that is computed
+
+# %% ../../nbs/checkpoint/08_loaders.ipynb #5dfeb671
+def drawing_states(sampler: Any) -> dict[str, Any]:
+    "The states of the generators that a sampler can draw from."
+    own = getattr(sampler, "generator", None)
+    return generator_states() | ({} if own is None else {"own": own.get_state()})
+
+
+def set_drawing_states(sampler: Any, states: dict[str, Any]) -> None:
+    set_generator_states(states)
+    if "own" in states:
+        sampler.generator.set_state(states["own"])
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #706e814f
 class ResumableBatches(BatchSampler):
@@ -63,18 +75,18 @@ class ResumableBatches(BatchSampler):
         self,
         batches: BatchSampler,
         where: Callable[[], tuple[int, ...]],  # the seed, the rank and the epoch, as far as they matter to the streams
-        start: Callable[[], Start],  # asked when an epoch begins
+        start: Callable[[], Start],  # called when an epoch starts
     ):
         super().__init__(batches.sampler, batches.batch_size, batches.drop_last)
         self.batches, self.where, self.start = batches, where, start
-        self.begun: dict[str, Any] | None = None  # the generators' states when the epoch began
+        self.begun: dict[str, Any] | None = None  # the generators' states when the epoch started
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         (skip, begun), where = self.start(), self.where()
-        self.begun = begun or self._states()
+        self.begun = begun or drawing_states(self.sampler)
         for number, batch in enumerate(self._from(skip, begun), start=skip):
             yield _Batch(batch, (*where, number))
 
@@ -84,24 +96,15 @@ class ResumableBatches(BatchSampler):
             return iter(self.batches)
         if begun is None:
             return _dropped(iter(self.batches), skip)
-        now = self._states()
-        self._set_states(begun)
+        now = drawing_states(self.sampler)
+        set_drawing_states(self.sampler, begun)
         batches = _dropped(iter(self.batches), skip)
-        self._set_states(now)
+        set_drawing_states(self.sampler, now)
         return batches
-
-    def _states(self) -> dict[str, Any]:
-        own = getattr(self.sampler, "generator", None)
-        return generator_states() | ({} if own is None else {"own": own.get_state()})
-
-    def _set_states(self, states: dict[str, Any]) -> None:
-        set_generator_states(states)
-        if "own" in states:
-            self.sampler.generator.set_state(states["own"])
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #f4e4312e
 def _dropped(batches: Iterator, count: int) -> Iterator:
-    "Take `count` away, at once."
+    "Consume `count` batches, at once."
     for _ in range(count):
         next(batches)
     return batches
@@ -110,7 +113,7 @@ def _dropped(batches: Iterator, count: int) -> Iterator:
 def read_and_drop(fetcher: Any, count: int) -> None:
     "For data that can only be read from the beginning."
     warnings.warn(
-        f"The {count} batches of this epoch that were trained before are read once more, and dropped: the data cannot begin in the "
+        f"The {count} batches of this epoch that were trained before are read once more, and dropped: the data cannot start in the "
         "middle. A DataLoader over a dataset with a length can, and any loader with state_dict and load_state_dict.",
         stacklevel=2,
     )
@@ -128,7 +131,7 @@ class ResumableLoader(DataLoader):
 
 # %% ../../nbs/checkpoint/08_loaders.ipynb #8a8713aa
 def process_loaders(trainer: Trainer, process: Callable[[Any], Any]) -> None:
-    "Have every loader that the Trainer is going to use go through `process` last."
+    "Have every loader that the Trainer uses go through `process` last."
     before = trainer.strategy.process_dataloader
     trainer.strategy.process_dataloader = lambda loader: process(before(loader))
 
@@ -138,7 +141,7 @@ def resumable(
     where: Callable[[], tuple[int, ...]],  # as for `ResumableBatches`
     start: Callable[[], Start],
 ) -> Any:
-    "The same loader, able to begin in the middle; one of a class of its own, or of an iterable dataset, as it is."
+    "The same loader, able to start in the middle; one of a subclass, or over an iterable dataset, as it is."
     batches = getattr(loader, "batch_sampler", None)
     if type(loader) is not DataLoader or not isinstance(batches, BatchSampler) or isinstance(loader.dataset, IterableDataset):
         return loader

@@ -23,7 +23,7 @@ from ..system.files import read_json
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #c4a9fcf1
 KEY = "dlnb"  # of the manifest in a checkpoint's dictionary
-FORMAT = 2  # raised when an older dlnb could not read a checkpoint any more
+FORMAT = 2  # incremented when an older dlnb can no longer read a checkpoint
 
 
 class FileEntry(NamedTuple):
@@ -34,7 +34,7 @@ class FileEntry(NamedTuple):
 
 # %% ../../nbs/checkpoint/01_manifest.ipynb #6b3dccdd
 class Partial(BaseModel):
-    "What a checkpoint leaves out: parameters that are frozen, and that can be had from elsewhere."
+    "What a checkpoint leaves out: frozen parameters that can be restored from elsewhere."
 
     left_out: dict[str, str | None]  # names to digests of the values; None where those were not known
     weights: str | None = None  # where the training started from; None: the model's constructor makes the values
@@ -56,11 +56,11 @@ class Manifest(BaseModel):
     epoch: int = Field(ge=0)  # epochs that were finished
     batch: int = Field(0, ge=0)  # batches of a rank that were trained in the epoch after them
     world_size: int = Field(1, ge=1)
-    batch_size: int | None = Field(None, ge=1)  # samples a rank, where the data tells
+    batch_size: int | None = Field(None, ge=1)  # samples of a batch on one rank, where the data has it
     accumulate_grad_batches: int = Field(1, ge=1)
     strategy: str = ""  # the class of Lightning's strategy
     zero_stage: int = Field(0, ge=0, le=3)
-    optimizer: str = ""  # as `dlnb.optim.describe_optimizer` says it
+    optimizer: str = ""  # as `dlnb.optim.describe_optimizer` returns it
     identity: str | None = None  # the hash of the settings
     versions: dict[str, str] = {}
     sources: dict[str, str] = {}  # of the model and the data, as `dlnb.tracking.sources.source_hashes` gives them
@@ -78,7 +78,7 @@ class Manifest(BaseModel):
 def read_manifest(
     checkpoint: str | Path,  # a file, or a folder
 ) -> Manifest | None:  # None for a checkpoint that dlnb did not write
-    "Raises `ValueError` where it is no checkpoint, a damaged one, or one that a newer dlnb wrote."
+    "Raises `ValueError` for anything but a checkpoint, for a damaged one, and for one that a newer dlnb wrote."
     path = Path(checkpoint)
     if path.is_dir():
         if not (path / "manifest.json").is_file():
@@ -109,7 +109,7 @@ def _crc32(path: Path, portion: int = 1 << 22) -> int:
 
 
 def _checksums(folder: Path, entries: dict[str, FileEntry]) -> Iterator[str | int]:
-    "As they are on the disk now, several files at a time."
+    "The entries of files as they are on the disk now, several files at a time."
     sums = (_crc32 if isinstance(entry.checksum, int) else digest for entry in entries.values())
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(lambda checksum, name: checksum(folder / name), sums, entries)
@@ -118,7 +118,7 @@ def _checksums(folder: Path, entries: dict[str, FileEntry]) -> Iterator[str | in
 def is_own(
     checkpoint: str | Path,
 ) -> bool:
-    "Whether this installation wrote a checkpoint, and nothing in it has changed since. Reads all of one that says so."
+    "Whether this installation wrote a checkpoint, and nothing in it has changed since. Reads all of a checkpoint that is signed."
     path = Path(checkpoint)
     try:
         return _is_own_folder(path) if path.is_dir() else is_signed_archive(path)
@@ -146,7 +146,7 @@ def check_files(
     try:
         manifest = read_manifest(path)
         if manifest is None:
-            raise ValueError(f"{path} has no manifest: dlnb did not write it, or not to its end.")
+            raise ValueError(f"{path} has no manifest: dlnb did not write it, or did not finish.")
         if path.is_dir():
             _check_folder(path, manifest)
         elif (member := zipfile.ZipFile(path).testzip()) is not None:

@@ -18,7 +18,7 @@ from ..system.trainer_internals import last_metrics, logged_results
 
 # %% ../../nbs/checkpoint/10_metric_state.ipynb #001a4704
 def metric_states(trainer: Trainer) -> dict[str, Any]:
-    "What has been summed up on this rank: Lightning's own averages, and the states of torchmetrics' objects."
+    "What this rank has accumulated: Lightning's own averages, and the states of torchmetrics' objects."
     from torchmetrics import Metric
 
     results = logged_results(trainer)
@@ -47,7 +47,7 @@ def restore_metrics(
     waiting = {key: [rank["logged"][key] for rank in ranks] for key in (ranks[0]["logged"] if ranks else ())}
 
     def add(fx: str, name: str, *_: Any, **__: Any) -> None:
-        "A metric exists when it is first logged; then what it had before is added."
+        "A metric exists when it is first logged; then its saved state is added."
         for key in [key for key in waiting if key in results]:
             for value in waiting.pop(key):
                 _add_logged(results[key], *_to(value, results[key].value.device))
@@ -67,7 +67,7 @@ def _add_logged(metric: Any, value: torch.Tensor, size: torch.Tensor | None) -> 
 
 
 def _restore_metric(metric: Any, ranks: list[list]) -> None:
-    "Give one of torchmetrics' objects what it, or the ranks' ones together, had gathered."
+    "Give a torchmetrics object its saved state, or the states of all ranks together."
     metric._update_count = sum(count for count, _ in ranks)
     for state, reduction in metric._reductions.items():
         values = [_to(values[state], metric.device) for _, values in ranks]

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #ed582357
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .collector import save_checkpoint
 from .exact_resume import ExactResume
-from .manifest import KEY
+from .manifest import KEY, Manifest
 from .training_manifest import LeavesOut, manifest_of
 from .writer import Writer
 from ..system.trainer_internals import is_between_epochs
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7e50e817
 class RankedCheckpoints(ModelCheckpoint):
-    "Lightning's `ModelCheckpoint`, which finds the checkpoints that it has ranked again wherever their folder has come to be."
+    "Lightning's `ModelCheckpoint`, which finds the checkpoints that it has ranked again when their folder was moved."
 
     _paths = ("best_model_path", "kth_best_model_path", "last_model_path")
 
@@ -34,7 +35,7 @@ class RankedCheckpoints(ModelCheckpoint):
         return state | {name: Path(state[name]).name for name in self._paths} | {"best_k_models": ranked, "dirpath": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        "Paths in this callback's folder; what is not there is forgotten when the training starts."
+        "Paths in this callback's folder; those that do not exist are forgotten when the training starts."
         paths = {name: self._here(state_dict.get(name) or "") for name in self._paths}
         ranked = {self._here(path): score for path, score in (state_dict.get("best_k_models") or {}).items()}
         super().load_state_dict(state_dict | paths | {"best_k_models": ranked, "dirpath": self.dirpath})
@@ -53,7 +54,7 @@ class RankedCheckpoints(ModelCheckpoint):
             self._rank({path: score for path, score in self.best_k_models.items() if path in there})
 
     def _rank(self, scores: dict[str, torch.Tensor]) -> None:
-        "What follows from the scores of the checkpoints that there are. One that is NaN or infinite is none."
+        "Find the best and the worst from the scores of the checkpoints that exist. A score that is NaN or infinite does not count."
         self.best_k_models = {path: score for path, score in scores.items() if bool(torch.isfinite(score))}
         best, worst = (min, max) if self.mode == "min" else (max, min)
         ranked = list(self.best_k_models)
@@ -61,11 +62,6 @@ class RankedCheckpoints(ModelCheckpoint):
         self.best_model_score = self.best_k_models.get(self.best_model_path)
         self.kth_best_model_path = worst(ranked, key=self.best_k_models.get) if len(ranked) == self.save_top_k else ""
         self.kth_value = self.best_k_models.get(self.kth_best_model_path, self.kth_value)
-
-# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #deeae19a
-def _place(trainer: Trainer) -> tuple[int, int]:
-    "The optimizer steps and the epochs that are done."
-    return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #a0e0bee0
 class DeferredCheckpoints(RankedCheckpoints):
@@ -86,11 +82,11 @@ class DeferredCheckpoints(RankedCheckpoints):
         self.unwanted.append(Path(filepath))
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        "Also the one that the training resumed from: when it is removed, a newer one is complete."
+        "The checkpoint that the training resumed from is removed too: a newer one is complete by then."
         return previous != current and Path(self.dirpath).absolute() in Path(previous).absolute().parents
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
-        "A metric that is not logged ends no training: the newest checkpoint is kept, and `CheckMonitor` reports it."
+        "A metric that is not logged does not end the training: the newest checkpoint is kept, and `CheckMonitor` reports it."
         if self.monitor is None or self.monitor in monitor_candidates:
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         elif self.save_top_k:
@@ -105,7 +101,7 @@ class DeferredCheckpoints(RankedCheckpoints):
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7a8fb859
 def take_due(trainer: Trainer, folder: str | None) -> tuple[list[Path], list[Path]]:
-    "The names to write and those to remove, of all callbacks that save into this folder: one writing serves them."
+    "The names to write and those to remove, of all callbacks that save into this folder: one save serves them all."
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, DeferredCheckpoints)]
     callbacks = [callback for callback in callbacks if callback.dirpath == folder]
     wanted = list(dict.fromkeys(path for callback in callbacks for path in callback.wanted))
@@ -114,8 +110,44 @@ def take_due(trainer: Trainer, folder: str | None) -> tuple[list[Path], list[Pat
         callback.wanted, callback.unwanted = [], []
     return wanted, unwanted
 
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #deeae19a
+def _place(trainer: Trainer) -> tuple[int, int]:
+    "The optimizer steps and the epochs that are done."
+    return trainer.global_step, trainer.fit_loop.epoch_progress.current.processed
+
+
+class NewestCheckpoint(DeferredCheckpoints):
+    "Deferred checkpoints whose last one is the newest state."
+
+    last_place = (0, 0)  # of last.ckpt: steps and epochs
+
+    def want_last(self, trainer: Trainer, now: bool = False) -> None:
+        "Have last.ckpt written after an epoch, or now."
+        after_epoch = self.every_n_epochs >= 1 and is_between_epochs(trainer) and self.last_place != _place(trainer)
+        if self.save_last and (now or after_epoch) and Path(self.last_model_path) not in self.wanted:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def take_due(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
+        "The names to write and those to remove."
+        wanted, unwanted = take_due(trainer, self.dirpath)
+        if Path(self.last_model_path) in wanted:
+            self.last_place = _place(trainer)
+        return wanted, unwanted
+
+# %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #392410d3
+def collect_states(trainer: Trainer) -> None:
+    "Have callbacks gather what a checkpoint holds of all ranks; all ranks call it."
+    for callback in trainer.callbacks:
+        if isinstance(callback, (ExactResume, LeavesOut)):
+            callback.collect(trainer)
+
+
+def notes_of(trainer: Trainer, manifest: Manifest) -> list[Callable[[], None]]:
+    "What callbacks do once the checkpoint is complete; all ranks call it."
+    return [callback.note_of_checkpoint(trainer, manifest) for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
+
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #66007caa
-class AtomicCheckpoint(DeferredCheckpoints):
+class AtomicCheckpoint(NewestCheckpoint):
     """A `ModelCheckpoint` whose checkpoints are complete or invisible. Used with `ExactResume`.
 
     `last.ckpt` is the newest state after every epoch, and after every `every_n_train_steps`, whatever the best one is."""
@@ -132,45 +164,32 @@ class AtomicCheckpoint(DeferredCheckpoints):
     ):
         super().__init__(*args, **kwargs)
         self.identity, self.sources, self.background = identity, sources, background
-        self.last_place = (0, 0)  # of last.ckpt: steps and epochs
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = manifest_of(trainer, self.identity, self.sources).model_dump(mode="json")
 
     def on_boundary(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._want_last(trainer)
-        if self.wanted:
-            self.save(trainer, self.background)
-
-    def _want_last(self, trainer: Trainer, now: bool = False) -> None:
-        "Lightning writes last.ckpt only where it has written a best one, and then it is not the newest state."
-        after_epoch = self.every_n_epochs >= 1 and is_between_epochs(trainer) and self.last_place != _place(trainer)
-        if self.save_last and (now or after_epoch) and Path(self.last_model_path) not in self.wanted:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.save(trainer, self.background)
 
     def save_now(self, trainer: Trainer) -> None:
         "Save the last checkpoint, unless it is of this step, and wait for it; all ranks call it at a boundary."
-        self._want_last(trainer, now=self._last_global_step_saved != trainer.global_step)
-        if self.wanted:
-            self.save(trainer, background=False)
+        self.save(trainer, background=False, last=self._last_global_step_saved != trainer.global_step)
         self.writer.finish()
         trainer.strategy.barrier()
 
-    def save(self, trainer: Trainer, background: bool) -> None:
-        "Save under the names that are due; all ranks call it."
-        for callback in trainer.callbacks:
-            if isinstance(callback, (ExactResume, LeavesOut)):
-                callback.collect(trainer)
-        wanted, unwanted = take_due(trainer, self.dirpath)
-        if Path(self.last_model_path) in wanted:
-            self.last_place = _place(trainer)
+    def save(self, trainer: Trainer, background: bool, last: bool = False) -> None:
+        "Save under the names that are due, or as last.ckpt in any case; all ranks call it."
+        self.want_last(trainer, last)
+        if not self.wanted:
+            return
+        collect_states(trainer)
+        wanted, unwanted = self.take_due(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)
-        keepers = [callback for callback in trainer.callbacks if hasattr(callback, "note_of_checkpoint")]
-        notes = [callback.note_of_checkpoint(trainer, manifest) for callback in keepers]
-        save_checkpoint(trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        save_checkpoint(
+            trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes_of(trainer, manifest), background=background
+        )
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -91,9 +91,9 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 def digests(
     model: nn.Module,  # that is not sharded yet
-    weights: Mapping[str, Weight],  # that it is going to take
+    weights: Mapping[str, Weight],  # that it takes
     names: Collection[str],  # of the model; others are left out
-) -> dict[str, str | None]:  # None for a value that is nowhere
+) -> dict[str, str | None]:  # None for a value that is not known
     "Digests of the values that tensors have at the start."
     tensors = tensors_of(model)
     known = [name for name in tensors if name in names]

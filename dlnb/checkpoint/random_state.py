@@ -31,7 +31,7 @@ def generator_states() -> dict[str, Any]:
 def set_generator_states(
     states: dict[str, Any],  # from `generator_states`
 ) -> None:
-    "Let this process's global generators continue from where they were."
+    "Have this process's global generators continue from these states."
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, *rest = states["numpy"]
@@ -44,7 +44,7 @@ def set_generator_states(
 def seed_generators(
     *where: int,  # not negative
 ) -> None:
-    "Give this process's global generators the streams that belong to these numbers."
+    "Seed this process's global generators from these numbers."
     streams = np.random.SeedSequence(where).generate_state(3)
     random.seed(int(streams[0]))
     np.random.seed(streams[1])

@@ -68,17 +68,25 @@ class SavedTraining:
         states = read_optimizer_states(self.path)
         if not self.path.is_file() or not states:
             return states
-        stepped = set.union(*(set(values) for values in states.values()))
-        saved = [group["params"] for group in self.content["optimizer_states"][0]["param_groups"]]
-        saved = [[place for place in places if place in stepped] for places in saved]
-        if [len(places) for places in saved] != [len(names) for names in groups]:
-            raise ValueError("its groups are of other parameters than the checkpoint's")
-        names = {place: name for pair in zip(saved, groups) for place, name in zip(*pair)}
-        return {state: {names[place]: value for place, value in values.items()} for state, values in states.items()}
+        return named_states(states, [group["params"] for group in self.content["optimizer_states"][0]["param_groups"]], groups)
+
+# %% ../../nbs/checkpoint/17_reshard.ipynb #b5e82e0f
+def named_states(
+    states: States,  # by number
+    saved: list[list[int]],  # the numbers by the checkpoint's groups
+    groups: list[list[str]],  # the names by the optimizer's groups
+) -> States:
+    "The states by the parameters' names. Raises `ValueError` where the groups do not match."
+    stepped = set.union(*(set(values) for values in states.values()))
+    saved = [[number for number in numbers if number in stepped] for numbers in saved]
+    if [len(numbers) for numbers in saved] != [len(names) for names in groups]:
+        raise ValueError("its groups are of other parameters than the checkpoint's")
+    names: dict[str | int, str] = {number: name for pair in zip(saved, groups) for number, name in zip(*pair)}
+    return {state: {names[number]: value for number, value in values.items()} for state, values in states.items()}
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #e07b0289
 def is_native(trainer: Trainer, checkpoint: Path) -> bool:
-    "Whether the Trainer's strategy loads this checkpoint by itself, with all that the optimizer keeps."
+    "Whether the Trainer's strategy loads this checkpoint by itself, including the optimizer's states."
     if not zero_stage(trainer.strategy):
         return checkpoint.is_file() or not writes_one_file(trainer.strategy)
     saved, here = read_manifest(checkpoint) if checkpoint.is_dir() else None, manifest_of(trainer)
@@ -135,7 +143,7 @@ def load_optimizer(trainer: Trainer, saved: SavedTraining) -> None:
     "Restore the optimizer's state, or warn that it starts without its saved state, and why."
     try:
         if not (states := saved.states(optimizer_groups(trainer))):
-            raise ValueError("the checkpoint holds nothing of its optimizer")
+            raise ValueError("the checkpoint holds no states of its optimizer")
         fill_states(find_slots(trainer), states, base_optimizer(trainer.optimizers[0]))
     except ValueError as error:
         warnings.warn(f"{describe_optimizer(trainer.optimizers[0])} starts without its saved state: {error}.", stacklevel=2)
@@ -150,6 +158,18 @@ def lenient(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         module.strict_loading = strict
+
+# %% ../../nbs/checkpoint/17_reshard.ipynb #013dae5f
+def load_resharded(trainer: Trainer, saved: SavedTraining) -> dict[str, Any]:
+    "Load a checkpoint that the strategy cannot load by itself, and replace the strategy's own loading of what is loaded here."
+    if zero_stage(trainer.strategy):
+        load_sharded_model(trainer, saved)
+        load_optimizer(trainer, saved)
+        trainer.strategy.load_model_state_dict = lambda *_, **__: None
+    else:
+        load_full_model(saved)
+        trainer.strategy.load_optimizer_state_dict = lambda *_: load_optimizer(trainer, saved)
+    return saved.content
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #c6a5a58a
 class _Loading:
@@ -170,7 +190,7 @@ class _Loading:
         manifest, module = read_manifest(path), self.trainer.lightning_module
         left_out = manifest.partial.left_out if manifest and manifest.partial else ()
         with plain_values_only(path) if self.weights_only else nullcontext(), lenient(module) if left_out else nullcontext():
-            content = self.native_load(path, weights_only) if is_native(self.trainer, path) else self._load_resharded()
+            content = self.native_load(path, weights_only) if is_native(self.trainer, path) else load_resharded(self.trainer, self._saved())
         if "state_dict" in content and left_out:
             content["state_dict"] = {name: value for name, value in module.state_dict().items() if name in left_out} | content["state_dict"]
         return content
@@ -181,17 +201,6 @@ class _Loading:
             self.native_load_optimizer(checkpoint)
         else:
             load_optimizer(self.trainer, self._saved())
-
-    def _load_resharded(self) -> dict[str, Any]:
-        saved, strategy = self._saved(), self.trainer.strategy
-        if zero_stage(strategy):
-            load_sharded_model(self.trainer, saved)
-            load_optimizer(self.trainer, saved)
-            strategy.load_model_state_dict = lambda *_, **__: None
-        else:
-            load_full_model(saved)
-            strategy.load_optimizer_state_dict = lambda *_: load_optimizer(self.trainer, saved)
-        return saved.content
 
     def _saved(self) -> SavedTraining:
         self.is_resharded = True

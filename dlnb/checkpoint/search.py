@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .manifest import Manifest, check_files, is_own, read_manifest
 
 # %% ../../nbs/checkpoint/02_search.ipynb #9134e058
-UNFINISHED = ".unfinished"  # the end of a name that is no checkpoint's
+UNFINISHED = ".unfinished"  # the suffix of a name that is not yet a checkpoint's
 
 
 class Found(NamedTuple):
@@ -22,7 +22,7 @@ class Found(NamedTuple):
 
     path: Path
     manifest: Manifest | None  # None for one that dlnb did not write
-    damaged: list[str]  # a sentence each
+    damaged: list[str]  # one sentence per checkpoint
     own: bool = False  # this installation wrote it: it may be unpickled
 
 
@@ -62,9 +62,9 @@ def _sentence(path: Path, error: Exception) -> str:
 
 # %% ../../nbs/checkpoint/02_search.ipynb #46b53a30
 def tidy(
-    folder: str | Path,  # with checkpoints in it, which nobody writes now
+    folder: str | Path,  # with checkpoints in it, to which no process writes now
 ) -> None:
-    "Finish or remove what a killed process left half done."
+    "Finish or remove what a killed process left unfinished."
     for path in sorted(Path(folder).glob(f"*{UNFINISHED}")):
         place = path.with_name(path.name.removesuffix(f".replaced{UNFINISHED}"))
         if path.name.endswith(f".replaced{UNFINISHED}") and not place.exists():

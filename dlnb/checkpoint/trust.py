@@ -31,19 +31,19 @@ def key_file() -> Path:
 
 
 def _read_key(path: Path) -> bytes:
-    "Raises `OSError` where there is none, and `ValueError` for one that others may know or may have put there."
+    "Raises `OSError` where there is none, and `ValueError` for one that other users can read or may have put there."
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode) or state.st_uid not in (os.geteuid(), 0):
-            raise ValueError("it is no file of this user's own")
+            raise ValueError("it is not a file of this user")
         if state.st_mode & 0o027:
             raise ValueError(f"its mode is {stat.S_IMODE(state.st_mode):04o}, so that others may read or write it; chmod 600")
         key = os.read(descriptor, KEY_SIZE + 1)
     finally:
         os.close(descriptor)
     if len(key) != KEY_SIZE:
-        raise ValueError(f"it is not of {KEY_SIZE} bytes; `head -c {KEY_SIZE} /dev/urandom` makes them")
+        raise ValueError(f"it does not have {KEY_SIZE} bytes; `head -c {KEY_SIZE} /dev/urandom` makes them")
     return key
 
 # %% ../../nbs/checkpoint/00_trust.ipynb #0d756f0d
@@ -69,7 +69,7 @@ def _warn_once(message: str) -> None:
 
 # %% ../../nbs/checkpoint/00_trust.ipynb #7d5a0e67
 def _key(make: bool = False) -> bytes | None:
-    "None where there is none, or none that can be used: the latter with a warning, once."
+    "The key; None where there is none, and with one warning where it cannot be used."
     try:
         path = key_file()
         try:
@@ -97,7 +97,7 @@ def _signature(content: bytes, kind: bytes, make: bool = False) -> str | None:
 def signed(
     values: Mapping[str, Any],  # what JSON can hold, by texts
 ) -> dict[str, Any]:
-    "A dictionary with its mark, under the name `mark`; without one where there is no key."
+    "A dictionary with its signature, under the name `mark`; without one where there is no key."
     values = {name: value for name, value in values.items() if name != "mark"}
     mark = _signature(_canonical(values), b"dlnb values", make=True)
     return values | ({"mark": mark} if mark else {})
@@ -136,9 +136,9 @@ def digest(
 
 # %% ../../nbs/checkpoint/00_trust.ipynb #79cec6a5
 def sign_archive(
-    path: str | Path,  # a file of `torch.save` that nobody reads yet
+    path: str | Path,  # a file of `torch.save` that no process reads yet
 ) -> None:
-    "Mark a zip archive in place, where there is a key. Raises `ValueError` for a file that does not end as one without a comment."
+    "Sign a zip archive in place, where there is a key. Raises `ValueError` for a file that does not end as one without a comment."
     if _key(make=True) is None:
         return
     with open(path, "r+b") as file:
@@ -146,7 +146,7 @@ def sign_archive(
         file.seek(max(size - _END, 0))
         end = file.read()
         if len(end) != _END or not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
-            raise ValueError(f"{path} is no file of torch.save, or it was signed before.")
+            raise ValueError(f"{path} is not a file of torch.save, or was signed before.")
         file.seek(size - 2)
         file.write(struct.pack("<H", _LENGTH) + _COMMENT)
         file.flush()
@@ -156,7 +156,7 @@ def sign_archive(
 def is_signed_archive(
     path: str | Path,
 ) -> bool:
-    "Whether this installation signed a file, and no byte of it has changed since. Reads all of one that seems to be so."
+    "Whether this installation signed a file, and no byte of it has changed since. Reads all of a file that carries a signature."
     size = os.stat(path).st_size - 64
     with open(path, "rb") as file:
         file.seek(max(size - len(_COMMENT), 0))

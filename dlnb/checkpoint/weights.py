@@ -67,7 +67,7 @@ def one_run(path: Path) -> Path:
 def _has_weights(run: str) -> bool:
     try:
         return bool(_weights_of_run(RunRecord.read(Path(run))))
-    except ValueError:  # it has none, which is said where it is asked for
+    except ValueError:  # it has none, which is reported where a record is needed
         return False
 
 
@@ -83,7 +83,7 @@ INFERENCE_SETTINGS = (*_OF_THE_RUN, *RunConfig.fields_with(inference="given"))
 # %% ../../nbs/checkpoint/18_weights.ipynb #473aa663
 def inference_config(
     run: str | Path,  # a run's folder, a checkpoint, or a .safetensors file
-    **settings: Any,  # of `INFERENCE_SETTINGS`; None for the run's own, or for what is here
+    **settings: Any,  # of `INFERENCE_SETTINGS`; None for the run's own, or for this machine's
 ) -> RunConfig:  # its `resume` is the path of the weights
     """The settings to use a run's weights with.
 
@@ -113,7 +113,7 @@ def inference_config(
 
 # %% ../../nbs/checkpoint/18_weights.ipynb #1f76f0cf
 def _tell_of_objects(record: RunRecord | None, config: RunConfig, given: Collection[str]) -> None:
-    "Of an object that was passed to `fit` its arguments are not known."
+    "The arguments of an object that was passed to `fit` are not known."
     for part in ("model", "data"):
         if record and part in record.given and not {part, f"{part}_args"} & {*given}:
             made = f"{part}={getattr(config, part)!r} with {part}_args={getattr(config, f'{part}_args')}"

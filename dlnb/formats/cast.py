@@ -87,7 +87,7 @@ def write_cast(weight: Weight, dtype: str, target: int, position: int) -> Iterat
 
 # %% ../../nbs/formats/10_cast.ipynb #a70f49b3
 def put(content: bytes | memoryview, target: int, position: int) -> None:
-    "Write all of it: a full disk takes a part first, and only then raises."
+    "Write all of it: a full disk first accepts a part, and raises only at the next call."
     content = memoryview(content)
     while content:
         done = os.pwrite(target, content, position)

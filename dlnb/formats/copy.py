@@ -24,7 +24,7 @@ _REFUSED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPE
 
 
 def _copy(source: int, offset: int, target: int, position: int, size: int) -> None:
-    "Copy bytes between two open files. Raises `EOFError` where the source ends before."
+    "Copy bytes between two open files. Raises `EOFError` where the source is too short."
     while size:
         try:
             done = os.copy_file_range(source, target, size, offset, position)
@@ -52,7 +52,7 @@ class Move(NamedTuple):
 
 
 def _joined(moves: Iterable[Move]) -> Iterator[Move]:
-    "The same moves, with neighbours made one."
+    "The same moves, with neighbours merged."
     last: Move | None = None
     for move in moves:
         if last and _continues(last, move):
@@ -88,7 +88,7 @@ def _portions(moves: Iterable[Move]) -> Iterator[list[Move]]:
 
 # %% ../../nbs/formats/09_copy.ipynb #b777104d
 def _move(portion: list[Move]) -> int:
-    "Do some moves; the number of bytes."
+    "Do some moves, and return the number of bytes."
     with ExitStack() as files:
         opened: dict[Path, int] = {}
         for piece, target, position in portion:
@@ -103,7 +103,7 @@ def _move(portion: list[Move]) -> int:
 
 
 def _begin_writing(target: int, position: int, size: int) -> None:
-    "Linux writes dirty pages out when it hears that they are not needed; they stay in memory until they are clean."
+    "Have Linux write dirty pages, by the advice that they are not needed; they stay in memory until they are clean."
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, position, size, os.POSIX_FADV_DONTNEED)
 

@@ -13,17 +13,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cast import put
 from .layout import Layout, Weight
 from .reader import read_layout
-from .safetensors_writer import split_into_files
+from .safetensors_writer import _Part, split_into_files
 from .tensors import TORCH_DTYPES, checked_shape
 from .torch_file import read_archive
 from .torch_zip import LIMIT
 from .unpickler import Foreign, Unpickler
-from ..system.atomic import new_files
+from ..system.atomic import NewFile, new_files
 from ..system.files import open_regular, shown
 
 # %% ../../nbs/formats/13_distributed.ipynb #949c6af1
@@ -64,65 +64,89 @@ def check_metadata(
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"{path} is damaged, or would run code when it is read: {error}.") from error
 
+# %% ../../nbs/formats/13_distributed.ipynb #af4ad88c
+def _check_places(folder: Path, places: Iterable[Any]) -> None:
+    "Raise `ValueError` unless what torch will read are plain bytes of files in the folder."
+    for place in places:
+        name = place.relative_path
+        if Path(name).name != name or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{folder}: its .metadata names {shown(name)}, which is not a plain file in it.")
+        with open_regular(folder / name) as file:
+            if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{folder / name} is truncated: {place.length} bytes from {place.offset} on are needed.")
+
+# %% ../../nbs/formats/13_distributed.ipynb #311f5cfc
+class _Described(NamedTuple):
+    "The weights that a distributed checkpoint has, and the name that Lightning saves them under."
+
+    root: str
+    dtypes: dict[str, str]  # torch's names
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _described_weights(folder: Path, metadata: Any) -> _Described:
+    _check_places(folder, metadata.storage_data.values())
+    described = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+    found = [root for root in ("model", "state_dict") if any(name.startswith(f"{root}.") for name in described)]
+    if not found:
+        raise ValueError(f"{folder} holds no weights under 'model' or 'state_dict', as Lightning saves them.")
+    entries = {name.partition(".")[2]: entry for name, entry in described.items() if name.startswith(f"{found[0]}.")}
+    dtypes = {name: str(entry.properties.dtype).removeprefix("torch.") for name, entry in entries.items()}
+    if unfit := sorted(set(dtypes.values()) - set(TORCH_DTYPES)):
+        raise ValueError(f"{folder}: tensors of {', '.join(unfit)}; safetensors knows {', '.join(TORCH_DTYPES)}.")
+    return _Described(found[0], dtypes, {name: checked_shape(list(entry.size)) for name, entry in entries.items()})
+
+
+@contextmanager
+def _damage_reported(folder: Path) -> Iterator[None]:
+    "Raise `ValueError` for whatever a description leads to that does not describe the folder's files."
+    try:
+        yield
+    except ValueError:
+        raise
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is damaged: {error.filename} is missing.") from error
+    except Exception as error:
+        raise ValueError(f"{folder} is damaged: its .metadata does not describe a checkpoint ({error!r}).") from error
+
+# %% ../../nbs/formats/13_distributed.ipynb #07ea5ff8
+def _mapped(file: NewFile, part: _Part, dtypes: dict[str, str], weights: dict[str, Weight]) -> dict[str, Any]:
+    "A safetensors file of full size with its header, and its weights as tensors that write through to the disk."
+    import torch
+
+    put(part.header, file.descriptor, 0)
+    os.ftruncate(file.descriptor, part.size)
+    storage = torch.UntypedStorage.from_file(str(file.temporary), shared=True, nbytes=part.size)
+    tensors, position = {}, len(part.header)
+    for name in part.names:
+        dtype = getattr(torch, dtypes[name])
+        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, position // dtype.itemsize, weights[name].shape)
+        position += weights[name].size
+    return tensors
+
 # %% ../../nbs/formats/13_distributed.ipynb #4f4b4d88
 def _gather(folder: Path, out: Path) -> None:
     "Have torch read the weights of a distributed checkpoint into a safetensors file."
-    import torch
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict  # Lightning's too: `load` joins a group
 
     check_metadata(folder / ".metadata")
     reader = FileSystemReader(folder)
-    try:
-        metadata = reader.read_metadata()
-        _check_places(folder, metadata.storage_data.values())
-        described = {name: entry for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
-        found = [root for root in ("model", "state_dict") if any(name.startswith(f"{root}.") for name in described)]
-        if not found:
-            raise ValueError(f"{folder} holds no weights under 'model' or 'state_dict', as Lightning saves them.")
-        entries = {name.partition(".")[2]: entry for name, entry in described.items() if name.startswith(f"{found[0]}.")}
-        dtypes = {name: str(entry.properties.dtype).removeprefix("torch.") for name, entry in entries.items()}
-        if unfit := sorted(set(dtypes.values()) - set(TORCH_DTYPES)):
-            raise ValueError(f"{folder}: tensors of {', '.join(unfit)}; safetensors knows {', '.join(TORCH_DTYPES)}.")
-        shapes = {name: checked_shape(list(entry.size)) for name, entry in entries.items()}
-    except ValueError:
-        raise
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is damaged: {error.filename} is missing.") from error
-    except Exception as error:  # its description is any object
-        raise ValueError(f"{folder} is damaged: its .metadata does not describe a checkpoint ({error!r}).") from error
-    weights = {name: Weight(TORCH_DTYPES[dtypes[name]], shapes[name], lambda: iter(())) for name in entries}
+    with _damage_reported(folder):
+        root, dtypes, shapes = _described_weights(folder, reader.read_metadata())
+    weights = {name: Weight(TORCH_DTYPES[dtypes[name]], shape, lambda: iter(())) for name, shape in shapes.items()}
     if (size := sum(weight.size for weight in weights.values())) > shutil.disk_usage(out.parent).free:
         raise OSError(errno.ENOSPC, f"No space for {size:,} bytes", str(out))
     (part,) = split_into_files(Layout(weights), out, dtype=None, limit=None)
     with new_files(out) as (file,):
-        put(part.header, file.descriptor, 0)
-        os.ftruncate(file.descriptor, part.size)
-        storage = torch.UntypedStorage.from_file(str(file.temporary), shared=True, nbytes=part.size)
-        tensors, position = {}, len(part.header)
-        for name in part.names:
-            dtype = getattr(torch, dtypes[name])
-            tensors[name] = torch.empty(0, dtype=dtype).set_(storage, position // dtype.itemsize, weights[name].shape)
-            position += weights[name].size
         try:
-            _load_state_dict({found[0]: tensors}, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # no Exception, but a BaseException
+            _load_state_dict({root: _mapped(file, part, dtypes, weights)}, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # a BaseException, and not an Exception
             causes = "; ".join(str(cause) for cause, _ in error.failures.values())
             raise ValueError(f"{folder} is damaged: {shown(causes)}.") from None
 
 # %% ../../nbs/formats/13_distributed.ipynb #2b93733b
-def _check_places(folder: Path, places: Iterable[Any]) -> None:
-    "Raise `ValueError` unless what torch will read are plain bytes of files in the folder."
-    for place in places:
-        name = place.relative_path
-        if Path(name).name != name or getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{folder}: its .metadata names {shown(name)}, which is no plain file in it.")
-        with open_regular(folder / name) as file:
-            if not 0 <= place.offset <= place.offset + place.length <= os.fstat(file.fileno()).st_size:
-                raise ValueError(f"{folder / name} is truncated: {place.length} bytes from {place.offset} on are needed.")
-
-
 @contextmanager
 def readable_layout(checkpoint: Path, out: Path) -> Iterator[Layout]:
     "The layout of any checkpoint; a distributed one is first gathered, beside the result."

@@ -53,7 +53,7 @@ class Layout:
 
 # %% ../../nbs/formats/04_layout.ipynb #c95cd17c
 def stored(tensor: StoredTensor) -> Weight:
-    "A tensor that stands in one file. Raises `ValueError` for a dtype that safetensors does not have, and where it is not there."
+    "A tensor that is stored in one file. Raises `ValueError` for a dtype that safetensors does not have, and where the file lacks it."
     tensor.check_dtype()
     if tensor.is_contiguous:
         return Weight(tensor.dtype, tensor.shape, partial(iter, [tensor.piece()]))
@@ -77,7 +77,7 @@ def storage_key(tensor: StoredTensor) -> tuple:
 
 # %% ../../nbs/formats/04_layout.ipynb #8479c6f5
 def stored_layout(tensors: dict[str, Any], values: dict[str, Any]) -> Layout:
-    "The tensors of one file, each once. What is no tensor, such as a module's extra state, is left out."
+    "The tensors of one file, each once. Other values, such as a module's extra state, are left out."
     first: dict[tuple, str] = {}
     tied, weights = {}, {}
     for name, tensor in tensors.items():

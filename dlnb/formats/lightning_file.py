@@ -25,7 +25,7 @@ _LEFT_BEHIND = set(
 
 
 def _plain(value: Any) -> Any:
-    "A value of a pickle as a torch file may hold it. Raises `TypeError` for an object that was not built."
+    "A pickle's value in a form that a torch file can hold. Raises `TypeError` for an object that was not built."
     if isinstance(value, dict):
         return {_plain(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -28,7 +28,7 @@ def _read_torch_file(path: Path) -> Layout:
             return stored_layout(values, {})
     except ValueError as error:
         raise named_error(path, error) from error
-    raise ValueError(f"{path} is no checkpoint of weights: it holds no 'state_dict', nor tensors by name.")
+    raise ValueError(f"{path} is not a checkpoint of weights: it holds no 'state_dict', nor tensors by name.")
 
 # %% ../../nbs/formats/08_reader.ipynb #f7daeb0f
 HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -42,11 +42,11 @@ def _read_torch_index(path: Path) -> Layout:
     where = read_json(path)
     where = where.get("weight_map") if isinstance(where, dict) else None
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"{path} is no index of files of torch: it has no weight_map.")
+        raise ValueError(f"{path} is not an index of files of torch: it has no weight_map.")
     weights, tied = {}, {}
     for file in sorted({*map(str, where.values())}):
         if Path(file).name != file or not (path.parent / file).is_file():
-            raise ValueError(f"{path} names {shown(file)}, which is no file beside it.")
+            raise ValueError(f"{path} names {shown(file)}, which is not a file beside it.")
         shard = _read_torch_file(path.parent / file)
         weights, tied = weights | shard.weights, tied | shard.tied
     if missing := where.keys() - weights.keys() - tied.keys():
@@ -61,7 +61,7 @@ def _with_partial(layout: Layout) -> Layout:
 
 # %% ../../nbs/formats/08_reader.ipynb #3d9ea693
 def checkpoint_of_run(folder: Path) -> Path:
-    "The checkpoint of a run's folder that inference should take: the best, else the last."
+    "The checkpoint of a run's folder that inference takes: the best, else the last."
     try:
         record = read_json(folder / "run.json")
         names = [record.get("best_checkpoint"), record.get("last_checkpoint"), "checkpoints/last.ckpt"]

@@ -18,7 +18,7 @@ from .torch_zip import Piece
 from ..system.files import JSON_SIZE, open_regular, parse_json, read_json, shown
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #7acbd676
-PARTIAL = "partial"  # the key in `__metadata__` of what a file leaves out
+PARTIAL = "partial"  # the key in `__metadata__` for what a file leaves out
 
 
 def read_safetensors(path: Path) -> Layout:
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> Layout:
             weights[name] = Weight(entry["dtype"], tuple(entry["shape"]), partial(iter, [piece]))
         tied = {name: to for name, to in metadata.items() if name not in ("format", PARTIAL, *weights) and to in weights}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is truncated, damaged, or no safetensors file ({error}).") from error
+        raise ValueError(f"{path} is truncated, damaged, or not a safetensors file ({error}).") from error
     return Layout(weights, tied, partial=metadata.get(PARTIAL))
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #19db83ef
@@ -72,11 +72,11 @@ def read_index(path: Path) -> Layout:
         where = index["weight_map"]
         for file in {*where.values()}:
             if Path(file).name != file or not file.endswith(".safetensors") or "\\" in file or "\0" in file:
-                raise ValueError(f"it names {shown(file)}, which is no safetensors file beside it")
+                raise ValueError(f"it names {shown(file)}, which is not a safetensors file beside it")
             if not (path.parent / file).exists():
                 raise ValueError(f"it names {file}, which is missing")
     except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no index of safetensors files: it has no weight_map.") from error
+        raise ValueError(f"{path} is not an index of safetensors files: it has no weight_map.") from error
     except ValueError as error:
         raise named_error(path, error) from error
     shards = {file: read_safetensors(path.parent / file) for file in sorted({*where.values()})}

@@ -78,7 +78,7 @@ def split_into_files(layout: Layout, out: Path, dtype: str | None, limit: int | 
 
 
 def _index(parts: list[_Part], layout: Layout) -> bytes:
-    "Which file holds what, as Hugging Face reads it; tied names lead to the file of the weight they share."
+    "The index, in Hugging Face's format; tied names lead to the file of the weight they share."
     where = {name: part.path.name for part in parts for name in part.names}
     where |= {name: where[to] for name, to in layout.tied.items()}
     size = sum(part.size - len(part.header) for part in parts)
@@ -109,7 +109,7 @@ def _moves(weights: Iterable[tuple[Weight, int]], target: int) -> Iterator[Move]
 
 # %% ../../nbs/formats/12_safetensors_writer.ipynb #12d7984a
 def _show_progress(steps: Iterator[int], size: int, name: str) -> None:
-    "Make all steps, each of so many bytes, and from the second second on show a bar."
+    "Run all steps, each of which yields its bytes, and show a bar after the first second."
     started, done, bar = time.monotonic(), 0, None
     for step in steps:
         done += step
@@ -124,7 +124,7 @@ def _show_progress(steps: Iterator[int], size: int, name: str) -> None:
 
 # %% ../../nbs/formats/12_safetensors_writer.ipynb #f638c434
 def write_safetensors(layout: Layout, out: Path, dtype: str | None, limit: int | None, overwrite: bool = True) -> list[Path]:
-    "Write the result's file or files, which are returned; the last is the one to open, of several their index."
+    "Write and return the result's file, or its files; the last one is the one to open: the index, if there are several."
     parts = split_into_files(layout, out, dtype, limit)
     check_targets(layout, [part.path for part in parts if part.path != out], overwrite)
     size = sum(part.size for part in parts)

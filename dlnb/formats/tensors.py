@@ -35,7 +35,7 @@ class StoredTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        "Whether its elements stand one after another, the last axis fastest."
+        "Whether its elements are one after another, the last axis fastest."
         expected = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         return self.size == 0 or all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, expected))
 

@@ -15,54 +15,29 @@ from .tensors import ITEM_SIZES, MAPPINGS, STORAGES, TORCH_DTYPES, StoredTensor,
 from .torch_zip import LIMIT, Archive
 from .unpickler import STEPS, Foreign, Mapping, Storage, Unpickler, checked_key
 
-# %% ../../nbs/formats/03_torch_file.ipynb #6aeae4ed
-class _Checkpoint(Unpickler):
+# %% ../../nbs/formats/03_torch_file.ipynb #f248e9c3
+class TensorCalls:
+    "Takes the place of torch's functions that rebuild tensors."
+
     def __init__(self, archive: Archive):
-        super().__init__(archive.content("data.pkl", LIMIT), STEPS + 50 * len(archive.members))
         self.archive = archive
 
-    def persistent_load(self, identity: Any) -> Storage:
-        kind, storage, key, _, _ = identity
-        if kind != "storage" or type(storage) is not str or type(key) is not str:
-            raise pickle.UnpicklingError("a persistent identity is no storage")
-        return Storage(key, storage)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return STORAGES.get(name.removesuffix("Storage"), name)
-        if module == "torch" and name in TORCH_DTYPES:
-            return TORCH_DTYPES[name]
-        rebuild = {
-            "torch._utils._rebuild_tensor": self._tensor,
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_tensor_v3": self._tensor_of_untyped,
-            "torch._utils._rebuild_parameter": _first,
-            "torch._utils._rebuild_parameter_with_state": _first,
-            "torch._tensor._rebuild_from_type_v2": self._tensor_of_type,
-            "torch.Size": tuple,
-            "builtins.set": _set,
-            "builtins.frozenset": _frozenset,
-        }.get(f"{module}.{name}".replace("__builtin__.", "builtins."))  # its name in the protocol that torch.save uses
-        if rebuild is None:
-            rebuild = Mapping if name in MAPPINGS else type(name, (Foreign,), {"origin": f"{module}.{name}"})
-        return rebuild
-
-    def _tensor(self, storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
+    def tensor(self, storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> StoredTensor:
         if not isinstance(storage, Storage) or len(checked_shape(shape)) != len(checked_shape(strides)):
-            raise pickle.UnpicklingError("a tensor is of no storage, or has other axes than strides")
+            raise pickle.UnpicklingError("a tensor has no storage, or not one stride per axis")
         (offset,) = checked_shape([offset])
         tensor = StoredTensor(self.archive, storage.key, storage.dtype, offset, tuple(shape), tuple(strides))
         width = ITEM_SIZES.get(tensor.dtype, 1)
         self.archive.check(f"data/{tensor.key}", offset * width, tensor.extent * width)
         return tensor
 
-    def _tensor_of_untyped(self, storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> StoredTensor:
+    def of_untyped(self, storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> StoredTensor:
         dtype = dtype if isinstance(dtype, str) else getattr(dtype, "origin", "?")
-        return self._tensor(Storage(storage.key, dtype), offset, shape, strides)
+        return self.tensor(Storage(storage.key, dtype), offset, shape, strides)
 
-    def _tensor_of_type(self, rebuild: Any, kind: Any, arguments: tuple, *_: Any) -> Any:
-        if rebuild not in (self._tensor, self._tensor_of_untyped, _first) and not hasattr(rebuild, "origin"):
-            raise pickle.UnpicklingError("a tensor is rebuilt by what rebuilds none")
+    def of_type(self, rebuild: Any, kind: Any, arguments: tuple, *_: Any) -> Any:
+        if rebuild not in (self.tensor, self.of_untyped, _first) and not hasattr(rebuild, "origin"):
+            raise pickle.UnpicklingError("a tensor is rebuilt by something that rebuilds no tensor")
         return rebuild(*arguments)
 
 # %% ../../nbs/formats/03_torch_file.ipynb #ce30c277
@@ -76,6 +51,39 @@ def _set(items: Iterable = ()) -> set:
 
 def _frozenset(items: Iterable = ()) -> frozenset:
     return frozenset(map(checked_key, items))
+
+# %% ../../nbs/formats/03_torch_file.ipynb #6aeae4ed
+class _Checkpoint(Unpickler):
+    def __init__(self, archive: Archive):
+        super().__init__(archive.content("data.pkl", LIMIT), STEPS + 50 * len(archive.members))
+        calls = TensorCalls(archive)
+        self.known = {
+            "torch._utils._rebuild_tensor": calls.tensor,
+            "torch._utils._rebuild_tensor_v2": calls.tensor,
+            "torch._utils._rebuild_tensor_v3": calls.of_untyped,
+            "torch._utils._rebuild_parameter": _first,
+            "torch._utils._rebuild_parameter_with_state": _first,
+            "torch._tensor._rebuild_from_type_v2": calls.of_type,
+            "torch.Size": tuple,
+            "builtins.set": _set,
+            "builtins.frozenset": _frozenset,
+        }
+
+    def persistent_load(self, identity: Any) -> Storage:
+        kind, storage, key, _, _ = identity
+        if kind != "storage" or type(storage) is not str or type(key) is not str:
+            raise pickle.UnpicklingError("a persistent identity is not a storage")
+        return Storage(key, storage)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return STORAGES.get(name.removesuffix("Storage"), name)
+        if module == "torch" and name in TORCH_DTYPES:
+            return TORCH_DTYPES[name]
+        known = self.known.get(f"{module}.{name}".replace("__builtin__.", "builtins."))  # its name in the protocol that torch.save uses
+        if known is None:
+            known = Mapping if name in MAPPINGS else type(name, (Foreign,), {"origin": f"{module}.{name}"})
+        return known
 
 # %% ../../nbs/formats/03_torch_file.ipynb #c87fc13e
 def read_archive(

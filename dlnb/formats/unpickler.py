@@ -57,7 +57,7 @@ _KEYS = (str, int, float, bool, bytes, type(None), Foreign, frozenset)
 
 
 def checked_key(key: Any, depth: int = 2) -> Any:
-    "What a dictionary or a set may have as key, so that its hash is soon found and seldom another's."
+    "What a dictionary or a set may have as key, so that hashing is fast and collisions are rare."
     if type(key) is tuple and depth and len(key) <= 16:
         for item in key:
             checked_key(item, depth - 1)
@@ -151,17 +151,11 @@ class Containers(Stack):
         elif not isinstance(target, Foreign):
             raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
 
-# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
-class Unpickler(Containers):
-    "Does what a pickle says, within bounds. What its names and its persistent identities stand for is up to a subclass."
+# %% ../../nbs/formats/02_unpickler.ipynb #aa7eacc0
+class Names(Containers):
+    "The instructions that look up names. What names and persistent identities stand for is up to a subclass."
 
-    kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
-
-    def __init__(
-        self,
-        content: bytes,
-        steps: int = STEPS,  # instructions at most, and items that they copy
-    ):
+    def __init__(self, content: bytes, steps: int):
         super().__init__(content, steps)
         self.names: dict[tuple[str, str], Any] = {}
 
@@ -178,6 +172,19 @@ class Unpickler(Containers):
                 raise pickle.UnpicklingError("it names more than a thousand classes, or one too long")
             self.names[key] = self.find_class(module, name)
         self.put(self.names[key])
+
+# %% ../../nbs/formats/02_unpickler.ipynb #b87c3732
+class Unpickler(Names):
+    "Executes a pickle's instructions, within bounds."
+
+    kinds: tuple[type, ...] = (dict, list, tuple, set, frozenset)  # whose content is measured
+
+    def __init__(
+        self,
+        content: bytes,
+        steps: int = STEPS,  # instructions at most, and items that they copy
+    ):
+        super().__init__(content, steps)
 
     def load(self) -> Any:
         "The value. Raises any exception where the pickle is damaged."
@@ -300,7 +307,7 @@ def _check_tree(value: Any, limit: int, kinds: tuple[type, ...]) -> None:
             below = measure(item, depth + 1)
             size, height = size + below[0], max(height, below[1] + 1)
         if size > limit or height > DEPTH:
-            raise pickle.UnpicklingError("it is nested too deep, or without end when what is shared is written out")
+            raise pickle.UnpicklingError("it is nested too deep, or endless when what is shared is written out")
         measured[id(value)] = size, height
         return size, height
 

@@ -67,7 +67,7 @@ def scalar(value: Any) -> float | None:
 
 
 def _progress(optimizer: dict) -> tuple:
-    "How far a rank's optimizer was: its groups' settings, and the steps of its parameters."
+    "The progress of a rank's optimizer: its groups' settings, and the steps of its parameters."
     state = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
     if not isinstance(state, dict):
         return ()
@@ -77,7 +77,7 @@ def _progress(optimizer: dict) -> tuple:
 
 
 def _agree(one: tuple, other: tuple) -> bool:
-    "Whether two ranks were as far. One without parameters of its own counts no steps."
+    "Whether two ranks were at the same step. A rank without parameters counts no steps."
     return one[:1] == other[:1] and (one[1:] == other[1:] or not all([*one[1:], *other[1:]]))
 
 # %% ../../nbs/formats/06_zero.ipynb #97422bc9
@@ -91,7 +91,7 @@ def _read_states(path: Path, key: str, otherwise: str) -> dict:
 
 def _read_optimizers(folder: Path, paths: Sequence[Path]) -> list[dict]:
     "The ranks' optimizer states. Raises `ValueError` where one is not of the same save as the first."
-    otherwise = "is no shard of a ZeRO checkpoint: it has no optimizer_state_dict."
+    otherwise = "is not a shard of a ZeRO checkpoint: it has no optimizer_state_dict."
     shards = [_read_states(path, "optimizer_state_dict", otherwise) for path in paths]
     first, *others = [shard["optimizer_state_dict"] for shard in shards]
     ranks = first.get("partition_count", len(paths))
@@ -125,7 +125,7 @@ class _Vector:
             start, part = end, part + 1
 
 # %% ../../nbs/formats/06_zero.ipynb #8cf30ea9
-Parts = list[list[StoredTensor]]  # a list a rank, in it a flat tensor a group
+Parts = list[list[StoredTensor]]  # one list per rank, with one flat tensor per group
 
 
 def _flat_weights(folder: Path, parts: Parts, model: dict, optimizer: dict) -> dict[str, Weight]:
@@ -182,7 +182,7 @@ def _partitioned_weights(folder: Path, parts: Parts, model: dict, optimizer: dic
 
 # %% ../../nbs/formats/06_zero.ipynb #7fa124d0
 def _frozen_weights(models: list[dict]) -> dict[str, Weight]:
-    "The frozen parameters of stage 3, which each rank keeps its part of."
+    "The frozen parameters of stage 3, of which each rank has its part."
     weights = {}
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         parts = [_Vector([model["frozen_param_fragments"][name]]) for model in models]
@@ -260,7 +260,7 @@ def read_zero(folder: Path) -> Layout:
 
 
 def read_all_shards(folder: Path) -> tuple[list[dict], list[dict]]:
-    "What the model states and the optimizer states hold, which must be all there; of the latter none without ZeRO."
+    "What the model states and the optimizer states hold, which must be complete; without ZeRO there are no optimizer states."
     shards, states = _shards(folder, _OPTIMIZER), _shards(folder, _MODEL)
     if not states:
         raise ValueError(f"{folder}: a *_model_states.pt is missing; without it the shards have no names.")
@@ -272,12 +272,12 @@ def read_all_shards(folder: Path) -> tuple[list[dict], list[dict]]:
 
 # %% ../../nbs/formats/06_zero.ipynb #f61c28de
 def _is_partitioned(optimizers: list[dict]) -> bool:
-    "Whether it is stage 3, which partitions each parameter by itself."
+    "Whether it is stage 3, which partitions each parameter separately."
     return "fp32_flat_groups" in optimizers[0]
 
 
 def locate_weights(folder: Path, parts: Parts, model: dict, optimizers: list[dict]) -> dict[str, Weight]:
-    "Where each parameter, or what is kept of it, is in the ranks' parts."
+    "Where each parameter, or one of its states, is in the ranks' parts."
     return (_partitioned_weights if _is_partitioned(optimizers) else _flat_weights)(folder, parts, model, optimizers[0])
 
 
@@ -310,25 +310,25 @@ def _assemble(folder: Path) -> Layout:
 
 # %% ../../nbs/formats/06_zero.ipynb #de51961a
 def _tag(latest: Path) -> str:
-    "The name of a folder beside it. Raises `ValueError` for what is none."
+    "The name of a folder beside it. Raises `ValueError` for anything else."
     with open_regular(latest) as file:
         tag = file.read(1000).decode(errors="replace").strip()
     if Path(tag).name != tag or "\0" in tag or len(tag.encode()) > 255:
-        raise ValueError(f"{latest} names {shown(tag)}, which is no folder beside it.")
+        raise ValueError(f"{latest} names {shown(tag)}, which is not a folder beside it.")
     return tag
 
 
 def zero_folder(
     folder: Path,  # that DeepSpeed saved
 ) -> Path:
-    "Where the shards are: in a folder of their own, which a file `latest` names, and which Lightning calls checkpoint."
+    "Where the shards are: in a subfolder, which a file `latest` names, and which Lightning calls checkpoint."
     latest = folder / "latest"
     tag = _tag(latest) if latest.exists() else "checkpoint"
     for place in (folder / tag, folder):
         if any(place.glob("*_states.pt")):
             return place
     raise ValueError(
-        f"{folder} is no checkpoint: it has neither shards of DeepSpeed (in {tag!r}, or beside it), nor the .metadata of "
+        f"{folder} is not a checkpoint: it has neither shards of DeepSpeed (in {tag!r}, or beside it), nor the .metadata of "
         "torch.distributed.checkpoint, nor a run.json."
     )
 

@@ -46,7 +46,7 @@ class EpochSampler(DistributedSampler):
         self.sampler, samples = sampler, len(dataset if sampler is None else sampler)
         self.total_size = samples // step_samples * step_samples if drop_last else -(-samples // step_samples) * step_samples
         self.num_samples = self.total_size // num_replicas
-        self.skip = 0  # samples of this rank that the next epoch leaves out at its beginning, after a resume
+        self.skip = 0  # samples of this rank that the next epoch skips at its start, after a resume
         if self.total_size == 0:
             raise ValueError(_too_few_samples(samples, batch_size, num_replicas, accumulate_grad_batches))
 

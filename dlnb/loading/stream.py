@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/loading/01_stream.ipynb #eae24148
-from collections.abc import Callable, Iterator
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, pairwise, takewhile
 from typing import Any
 
 from torch.utils.data import IterableDataset, default_collate
@@ -28,6 +28,40 @@ class Block(list):
         count = min(-(-self.most // batch_size), self.least)
         return [self[start:end] for start, end in pairwise(-(-len(self) * part // count) for part in range(count + 1))]
 
+# %% ../../nbs/loading/01_stream.ipynb #88d69c2a
+def read_blocks(
+    stream: IterableDataset,
+    size: int,  # samples of a block
+    seed: int,  # of what the stream draws
+    epoch: int,
+    first: int = 0,  # the block that the stream has been set to
+) -> Iterator[tuple[list[tuple[int, Any]], Any]]:
+    "The numbered samples of each block, and the stream's state after them."
+    number, items = first, None
+    while True:
+        with own_stream(seed, epoch, number):
+            items = iter(stream) if items is None else items
+            block = list(islice(items, size))
+            state = stream.state_dict() if hasattr(stream, "state_dict") else None
+        if not block:
+            return
+        yield [*enumerate(block, number * size)], state
+        number += 1
+
+# %% ../../nbs/loading/01_stream.ipynb #c0dcaed6
+def join_last(blocks: Iterable[tuple[list, Any]], ranks: int) -> Iterator[tuple[list, Any]]:
+    "The same blocks, the last one joined to the one before where not every rank would have a sample of it."
+    before: list[tuple[int, Any]] = []
+    for samples, _ in blocks:
+        if before and len(samples) >= ranks:
+            yield before, None
+            before = []
+        before = before + samples
+    if 0 < len(before) < ranks:
+        raise ValueError(too_few_to_share(len(before), ranks))
+    if before:
+        yield before, None
+
 # %% ../../nbs/loading/01_stream.ipynb #82a3182d
 class Share:
     "A rank's share of a stream, block by block."
@@ -45,40 +79,18 @@ class Share:
         self.num_replicas, self.rank = num_replicas, rank
 
     def blocks(self, epoch: int, first: int = 0) -> Iterator[Block]:
-        "From a block on, whose place the stream has been set to. Raises `ValueError` for an evaluation of fewer samples than ranks."
-        blocks = self._read(epoch, first)
-        for samples, state in blocks if self.drop_last or self.num_replicas == 1 else self._joined(blocks):
+        "The blocks from `first` on, to which the stream has been set. Raises `ValueError` for an evaluation of fewer samples than ranks."
+        blocks = read_blocks(self.stream, self.size, self.seed, epoch, first)
+        if self.drop_last:
+            blocks = takewhile(lambda block: len(block[0]) == self.size, blocks)
+        elif self.num_replicas > 1:
+            blocks = join_last(blocks, self.num_replicas)
+        for samples, state in blocks:
             most = -(-len(samples) // self.num_replicas)
             yield Block(samples[self.rank :: self.num_replicas], state, len(samples) // self.num_replicas, most)
 
-    def _joined(self, blocks: Iterator[tuple[list, Any]]) -> Iterator[tuple[list, Any]]:
-        "The same, the last one joined to the one before where not every rank would have a sample of it."
-        before: list[tuple[int, Any]] = []
-        for samples, state in blocks:
-            if before and len(samples) >= self.num_replicas:
-                yield before, None
-                before = []
-            before = before + samples
-        if 0 < len(before) < self.num_replicas:
-            raise ValueError(too_few_to_share(len(before), self.num_replicas))
-        if before:
-            yield before, None
-
-    def _read(self, epoch: int, first: int) -> Iterator[tuple[list, Any]]:
-        "The numbered samples of all ranks, and the stream's state after them."
-        number, items = first, None
-        while True:
-            with own_stream(self.seed, epoch, number):
-                items = iter(self.stream) if items is None else items
-                block = list(islice(items, self.size))
-                state = self.stream.state_dict() if hasattr(self.stream, "state_dict") else None
-            if not block or self.drop_last and len(block) < self.size:
-                return
-            yield [*enumerate(block, number * self.size)], state
-            number += 1
-
 # %% ../../nbs/loading/01_stream.ipynb #b0482c5a
-FETCHED_AHEAD = 8  # batches, more than Lightning does
+FETCHED_AHEAD = 8  # batches, more than Lightning fetches
 
 
 class StreamLoader:
@@ -111,18 +123,18 @@ class StreamLoader:
                 number += 1
                 self.states[number] = block.state
                 self.states.pop(number - FETCHED_AHEAD, None)
-                if not self.share.drop_last:  # nobody asks for the numbers of what is trained, and there is no end of them
+                if not self.share.drop_last:  # the numbers of trained samples are not needed, and may be endless
                     self.seen_batch_indices.append([index for index, _ in samples])
                 yield self.collate_fn([sample for _, sample in samples])
         if hasattr(self.share.stream, "state_dict"):
-            self.states[0] = self.share.stream.state_dict()  # where the next epoch begins
+            self.states[0] = self.share.stream.state_dict()  # where the next epoch starts
 
 # %% ../../nbs/loading/01_stream.ipynb #f92e8b6d
 class ResumableStreamLoader(StreamLoader):
     "A loader of a stream that has `state_dict` and `load_state_dict`, as torchdata's loaders have them."
 
     def state_dict(self) -> dict[str, Any]:
-        "For the batch that was trained last; between two epochs, for the beginning of the next one."
+        "For the batch that was trained last; between two epochs, for the start of the next one."
         trained = self.place()[1]
         place = trained if trained in self.states else 0
         return {"block": place // self.batches_per_block, "stream": self.states.get(place)}

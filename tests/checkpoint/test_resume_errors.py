@@ -121,7 +121,7 @@ BAD = {
     "no such file": (lambda run: run / "nowhere.ckpt", {}, "must be 'auto', 'never', or a run's folder or checkpoint that exists"),
     "nothing": (lambda run: "", {}, "resume=''"),
     "a text file": (text_file, {}, "notes.txt"),
-    "an empty folder": (empty_folder, {}, "is no checkpoint"),
+    "an empty folder": (empty_folder, {}, "is not a checkpoint"),
     "a run without a checkpoint": (run_without_checkpoint, {}, "is a run without a checkpoint"),
     "a run that is being trained": (being_trained, {}, "is being trained by process"),
     "a test's folder": (of_a_test, {}, "is the folder of a test"),

@@ -1,4 +1,4 @@
-"""A training that starts from weights of elsewhere, under any strategy, and checkpoints that hold what is trained alone."""
+"""A training that starts from weights from elsewhere, under any strategy, and checkpoints that hold what is trained alone."""
 
 import json
 import shutil

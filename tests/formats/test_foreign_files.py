@@ -181,7 +181,7 @@ def test_what_is_no_file_is_not_replaced(folder, kind, put):
     out = folder / "model.safetensors" if kind == "of its index" or not (folder / "model.safetensors").is_dir() else folder
     if out == folder:
         pytest.skip("a folder called model.safetensors is a folder to write into")
-    with pytest.raises(FileExistsError, match="no file that could be replaced"):
+    with pytest.raises(FileExistsError, match="not a file that could be replaced"):
         consolidate(folder.parent / "model.pt", out, overwrite=True)
 
 
