@@ -11,12 +11,17 @@ import os
 import signal
 import sys
 import time
+from functools import reduce
+from io import BytesIO
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from ..launch.rank_record import Rank
 from .comms import receive_comm
 from .place import Place, begun_collectives, close_connections, leave_process_group
 from .shell import session_shell
+from ..settings.import_path import import_file, is_file_module
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
 class Channel:
@@ -57,14 +62,27 @@ class Channel:
         self.send(("input", str(prompt)))
         return self.connection.recv()
 
-# %% ../../nbs/session/04_serve.ipynb #4f379d87
+# %% ../../nbs/session/04_serve.ipynb #59fb3d88
+def from_file(path: str, name: str) -> Any:
+    "A class or function of a file that was imported by its path, in a process that may not have imported it."
+    return reduce(getattr, name.split("."), import_file(Path(path)))
+
+
 def dumped(value: Any) -> bytes:
-    "Pickled by value, also what a notebook defines."
+    "Pickled; what a notebook defines by value, and what an imported file defines by the file's path."
     import cloudpickle
 
-    return cloudpickle.dumps(value)
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, (type, FunctionType)) and is_file_module(value.__module__) and "<" not in value.__qualname__:
+                return from_file, (sys.modules[value.__module__].__file__, value.__qualname__)
+            return super().reducer_override(value)
 
+    buffer = BytesIO()
+    Pickler(buffer).dump(value)
+    return buffer.getvalue()
 
+# %% ../../nbs/session/04_serve.ipynb #4f379d87
 def _described(rank: int, error: BaseException, traceback: list[str]) -> tuple[Rank, bytes | None]:
     "What is sent of a failure: its record, and the exception where it can be pickled."
     failure = Rank(rank, os.getpid(), "failed", time=time.time(), ename=type(error).__name__, evalue=str(error), traceback=traceback)

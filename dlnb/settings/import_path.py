@@ -32,7 +32,7 @@ def is_file_module(
     return file is not None and module == _module_name(Path(file))
 
 # %% ../../nbs/settings/02_import_path.ipynb #e5a86263
-def _import_file(path: Path) -> Any:
+def import_file(path: Path) -> Any:
     "Import a Python file or a notebook under a name made from its path, once per process, so that its classes can be pickled."
     name = _module_name(path)
     known = sys.modules.get(name)
@@ -58,7 +58,7 @@ def _import_module(field: str, where: str) -> Any:
     if where.endswith(_FILES):
         if not Path(where).is_file():
             raise ValueError(f"{field}: there is no file {where!r} (looked in {Path.cwd()}).")
-        return _import_file(Path(where))
+        return import_file(Path(where))
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:

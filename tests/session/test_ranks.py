@@ -232,6 +232,23 @@ def test_fit_in_a_kernel_trains_on_ranks_as_a_batch_job_does(trainer, strategy, 
     assert session.read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+OF_A_FILE = """
+from dlnb.settings.import_path import load_class
+Net = load_class("nets/net.py:Net")
+settings = dict(model="nets/net.py:Net", data="nets/net.py:Digits", accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, root="runs")
+"""
+
+
+def test_a_model_of_a_file_goes_to_the_ranks_by_its_path(trainer):
+    (trainer.folder / "nets").mkdir()
+    (trainer.folder / "nets" / "net.py").write_text("from dlnb.examples import Digits, DigitsNet\n\nclass Net(DigitsNet):\n    pass\n")
+    for given in ("RunConfig(**settings)", "RunConfig(**settings, seed=1), Net()"):
+        shown = trainer.run(OF_A_FILE + f"record = fit({given})\nrecord.status, record.resolved['world_size']")
+        assert (shown.error, shown.value) == ("", "('finished', 2)")
+    shown = trainer.run("evaluate(record.folder, accelerator='cpu', devices=2, strategy='ddp', root='runs').status")
+    assert (shown.error, shown.value) == ("", "'finished'")
+
+
 def test_a_training_on_other_ranks_than_the_sessions_is_refused_on_them(kernel):
     kernel.run("%%ranks\nfrom dlnb.config import RunConfig\nfrom dlnb.trainer import fit")
     settings = "model='dlnb.examples:DigitsNet', data='dlnb.examples:Digits', accelerator='cpu', strategy='ddp'"
