@@ -32,6 +32,7 @@ from dlnb.system.trainer_internals import (
     last_metrics,
     load_loader_states,
     loaders_of,
+    reads_in_cycles,
     set_sampler_epoch,
     trained_batches,
 )
@@ -53,17 +54,40 @@ def rescale_batches(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         counts.update({name: int(count * ratio) for name, count in counts.items()})
 
 # %% ../../nbs/checkpoint/12_exact_resume.ipynb #11052e44
+def _resumable_loaders(trainer: Trainer) -> list[ResumableLoader]:
+    return [loader for loader in loaders_of(trainer.fit_loop) if isinstance(loader, ResumableLoader)]
+
+
 def drawing_samplers(trainer: Trainer) -> list[ResumableBatches]:
     "The samplers that draw their order from the generators."
-    loaders = loaders_of(trainer.fit_loop)
-    samplers = [loader.batch_sampler for loader in loaders if isinstance(loader, ResumableLoader)]
+    samplers = [loader.batch_sampler for loader in _resumable_loaders(trainer)]
     return [sampler for sampler in samplers if not isinstance(sampler.sampler, DistributedSampler)]
 
 
-def generators_at_epoch_start(trainer: Trainer) -> dict[str, Any] | None:
-    "The generators' states when the epoch's order was drawn; None where it is computed."
+def generators_at_epoch_start(trainer: Trainer) -> list[dict[str, Any] | None]:
+    "The generators' states when each loader's order was drawn, None where it is computed; empty where all are."
     drawing = drawing_samplers(trainer)
-    return drawing[0].begun if drawing else None
+    return (
+        [loader.batch_sampler.begun if loader.batch_sampler in drawing else None for loader in _resumable_loaders(trainer)]
+        if drawing
+        else []
+    )
+
+
+def starts(
+    trainer: Trainer,
+    batches: int,  # of this epoch that are not to be read again
+    begun: Any,  # as `generators_at_epoch_start` gave it; earlier versions gave the first loader's alone
+) -> dict[int, Start]:  # by the loaders' `id`
+    "Where each loader begins. One of several that is shorter than the epoch has been read from its beginning again, or to its end."
+    found = {}
+    states = begun if isinstance(begun, list) else [begun]
+    for place, loader in enumerate(_resumable_loaders(trainer)):
+        skip = batches
+        if batches and len(loaders_of(trainer.fit_loop)) > 1:
+            skip = (batches - 1) % len(loader) + 1 if reads_in_cycles(trainer) else min(batches, len(loader))
+        found[id(loader)] = Start(skip, states[place] if place < len(states) else None)
+    return found
 
 
 def warn_of_order() -> None:
@@ -127,7 +151,7 @@ def resume_averaging(trainer: Trainer) -> None:
 def resume_position(
     trainer: Trainer,
     states: RankStates,
-    begin: Callable[[Start], None],  # takes the start of the epoch that is resumed, before its first batch is read
+    begin: Callable[[dict[int, Start]], None],  # takes each loader's start in the epoch that is resumed, before its first batch is read
 ) -> None:
     "Let the restored loops continue at the boundary where they were saved."
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
@@ -144,7 +168,7 @@ def resume_position(
     for loader in loaders:
         set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
     skipping = all(hasattr(loader, "load_state_dict") for loader in loaders)
-    begin(Start(batches if skipping else 0, own["begun"] if own else None))
+    begin(starts(trainer, batches if skipping else 0, own["begun"] if own else None))
     if states.loaders:
         load_loader_states(trainer, states.loaders)
     iter(data_fetcher(trainer))  # Lightning has started an epoch already, to count its batches
@@ -163,7 +187,7 @@ class ExactResume(Callback):
 
     def __init__(self, seed: int = 0):  # of the streams that are not restored
         self.seed, self.states = seed, RankStates()
-        self.start = Start()  # of the next epoch
+        self.starts: dict[int, Start] = {}  # of the next epoch, by the loaders' `id`
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -176,11 +200,8 @@ class ExactResume(Callback):
         def where() -> tuple[int, int, int]:
             return self.seed, trainer.global_rank, trainer.fit_loop.epoch_progress.current.processed
 
-        return resumable(loader, where, self._take_start) if trainer.training else loader
-
-    def _take_start(self) -> Start:
-        start, self.start = self.start, Start()
-        return start
+        made = resumable(loader, where, lambda: self.starts.pop(id(made), Start())) if trainer.training else loader
+        return made
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": self.states.collected}
@@ -202,5 +223,5 @@ class ExactResume(Callback):
     def _restore(self, trainer: Trainer) -> None:
         "The last thing before the first batch, or the first epoch."
         if self.states.saved is not None:
-            resume_position(trainer, self.states, lambda start: setattr(self, "start", start))
+            resume_position(trainer, self.states, lambda starts: setattr(self, "starts", starts))
         self.states.restore(trainer, self.seed)

@@ -94,6 +94,9 @@ class DeferredCheckpoints(RankedCheckpoints):
 
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         score = monitor_candidates.get(self.monitor)
+        if score is not None:  # rank 0's, which is what a checkpoint keeps: each rank has another one where sync_dist is left out
+            score = score.new_tensor(trainer.strategy.broadcast(score.item()))
+            monitor_candidates = monitor_candidates | {self.monitor: score}
         if score is None or trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(score))):
             super()._save_monitor_checkpoint(trainer, monitor_candidates)
         elif self.save_top_k == -1:  # every epoch's is kept

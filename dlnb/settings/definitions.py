@@ -133,7 +133,32 @@ def _patched(step: _Function, decorator: ast.expr) -> list[ast.expr]:
 
 def _changed_inside(function: ast.stmt) -> set[str | None]:
     "The global names that a call of a function changes."
-    return {_root(target) for node in ast.walk(function) for target in _changed(node)} & uses(function).keys()
+    return _roots_inside(function) & uses(function).keys()
+
+
+def _roots_inside(function: ast.AST) -> set[str | None]:
+    return {_root(target) for node in ast.walk(function) for target in _changed(node)}
+
+
+def _given(function: _Function, call: ast.expr) -> dict[str, ast.expr]:
+    "What a call gives to which parameter of a function."
+    if not isinstance(call, ast.Call):
+        return {}
+    positional = [parameter.arg for parameter in (*function.args.posonlyargs, *function.args.args)]
+    return dict(zip(positional, call.args)) | {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+
+
+def _method(cls: ast.stmt | None, name: str) -> _Function | None:
+    return next((step for step in getattr(cls, "body", ()) if isinstance(step, _Function) and step.name == name), None)
+
+
+def _changes_itself(function: ast.expr, found: Mapping[str, list[ast.stmt]]) -> bool:
+    "Whether a class of the notebook, or an object of one, is changed by its method that a decorator calls."
+    owner = found.get(_root(function) or "", [None])[0]
+    if isinstance(owner, ast.Assign) and isinstance(owner.value, ast.Call):
+        owner = found.get(getattr(owner.value.func, "id", ""), [None])[0]
+    method = _method(owner, getattr(function, "attr", "__call__")) if isinstance(owner, ast.ClassDef) else None
+    return method is not None and bool({parameter.arg for parameter in method.args.args[:1]} & _roots_inside(method))
 
 # %% ../../nbs/settings/00_definitions.ipynb #f502ba3e
 def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, list[ast.stmt]]) -> set[Any]:
@@ -141,9 +166,12 @@ def _by_decorator(step: _Definition, decorator: ast.expr, found: Mapping[str, li
     function = _function_of(decorator)
     if isinstance(function, ast.Attribute) and ("register" in function.attr or function.attr in _CHANGING):
         return {_root(function)}
+    if _changes_itself(function, found):
+        return {_root(function)}
     defined = found.get(getattr(function, "id", ""), [None])[0]
     if isinstance(defined, _Function):
-        return _changed_inside(defined)
+        tables = _roots_inside(defined)
+        return _changed_inside(defined) | {_root(value) for name, value in _given(defined, decorator).items() if name in tables}
     patched = [] if isinstance(step, ast.ClassDef) else _patched(step, decorator)
     nodes = [node for expression in patched for node in ast.walk(expression)]
     return {node.value if isinstance(node, ast.Constant) else getattr(node, "id", None) for node in nodes}
@@ -153,6 +181,17 @@ def _by_decorators(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> 
     "The names whose values the decorators in a statement change."
     steps = [step for step in _steps(statement) if isinstance(step, _Definition)]
     names = {name for step in steps for decorator in step.decorator_list for name in _by_decorator(step, decorator, found)}
+    return {name for name in names if isinstance(name, str)}
+
+
+def _by_bases(statement: ast.stmt, found: Mapping[str, list[ast.stmt]]) -> set[str]:
+    "The base classes of the notebook that register what inherits from them, and the tables that they keep."
+    bases = {_root(base) for base in statement.bases} if isinstance(statement, ast.ClassDef) else set()
+    names: set[str | None] = set()
+    for name, defined in ((name, found[name][0]) for name in bases if name in found):
+        names |= _by_bases(defined, found)
+        if hook := _method(defined, "__init_subclass__"):
+            names |= {name} | _changed_inside(hook)
     return {name for name in names if isinstance(name, str)}
 
 # %% ../../nbs/settings/00_definitions.ipynb #e3201fee
@@ -171,7 +210,7 @@ def definitions(
         bound = _bound_names(statement)
         may_leave = isinstance(statement, _COMPOUND)  # the values as they were
         found |= {name: [*(found.get(name, []) if may_leave else []), statement] for name in bound}
-        for name in (_partly_assigned(statement) | _by_decorators(statement, found)) - bound:
+        for name in (_partly_assigned(statement) | _by_decorators(statement, found) | _by_bases(statement, found)) - bound:
             if name in found and not is_import(found[name][0]):
                 found[name].append(statement)
     return found

@@ -36,7 +36,7 @@ TRAINER = (
     ),
     _internal(f"{_LOOPS}.evaluation_loop:_EvaluationLoop", "_results", _TRAINER, "know what a validation has logged"),
     _internal(f"{_CONNECTORS}.logger_connector.result:_ResultCollection", "_forked_name", _TRAINER, "know it by the names that users see"),
-    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts", _TRAINER, "restore data loaders"),
+    _internal("lightning.pytorch.utilities.combined_loader:CombinedLoader", "_load_state_dicts _mode", _TRAINER, "restore data loaders"),
     _internal("lightning.fabric.utilities.data", "_set_sampler_epoch", _TRAINER, "give samplers the epoch that is resumed"),
     _internal(
         "lightning.pytorch.trainer.trainer:Trainer",

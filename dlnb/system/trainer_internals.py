@@ -26,6 +26,11 @@ def load_loader_states(trainer: Trainer, states: list[dict]) -> None:
     trainer.fit_loop._combined_loader._load_state_dicts(states)
 
 
+def reads_in_cycles(trainer: Trainer) -> bool:
+    "Whether the training's shorter loaders begin again where the longest has not ended."
+    return trainer.fit_loop._combined_loader._mode == "max_size_cycle"
+
+
 def set_sampler_epoch(loader: Any, epoch: int) -> None:
     "The epoch that a loader's samplers draw their order from."
     _set_sampler_epoch(loader, epoch)

@@ -6,6 +6,8 @@ import pytest
 from conftest import TRAIN, write_notebook
 from projects import HERE
 
+from dlnb.settings.import_path import load_class
+
 pytestmark = pytest.mark.timeout(300)
 CELLS = json.loads((HERE / "notebook" / "mine.ipynb").read_text())["cells"][1:7]  # imports, constants, a function, data, model
 PARAMETERS = "devices = 1\nstrategy = 'auto'\naccelerator = 'cpu'\nmax_epochs = 2\nbatch_size = 8\nroot = 'runs'"
@@ -43,3 +45,26 @@ def test_a_search_gives_it_to_its_trials(launch, tmp_path, monkeypatch):
     launch(notebook(tmp_path / "own.ipynb", TUNE), "out.ipynb", devices=2)
     (best,) = tmp_path.rglob("best_params.json")
     assert best.with_name("source.py").is_file() and "model_args.width" in json.loads(best.read_text())["params"]
+
+
+# How a table is made, and how a class gets into it: by an argument, an object that is called, a method, inheritance.
+REGISTERED = {
+    "argument": ("def register(into):\n    def add(cls):\n        into[cls.__name__] = cls\n        return cls\n    return add\n\nNETS = {}", "@register(into=NETS)"),
+    "object": ("class Table(dict):\n    def __call__(self, cls):\n        self[cls.__name__] = cls\n        return cls\n\nNETS = Table()", "@NETS"),
+    "method": ("class Table(dict):\n    def component(self, name):\n        return lambda cls: self.setdefault(name, cls)\n\nNETS = Table()", "@NETS.component('Small')"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", REGISTERED)
+def test_what_is_registered_in_its_notebook_comes_along(tmp_path, way):
+    table, decorator = REGISTERED[way]
+    build = "class Net:\n    def __init__(self):\n        self.net = NETS['Small']()"
+    path = write_notebook(tmp_path / "own.ipynb", table, f"{decorator}\nclass Small: ...", build, "raise SystemError('training')")
+    assert type(load_class(f"{path}:Net")().net).__name__ == "Small"
+
+
+def test_what_a_base_class_registers_comes_along(tmp_path):
+    base = "class Base:\n    nets = {}\n    def __init_subclass__(cls):\n        Base.nets[cls.__name__] = cls"
+    build = "class Net:\n    def __init__(self):\n        self.net = Base.nets['Small']()"
+    path = write_notebook(tmp_path / "own.ipynb", base, "class Middle(Base): ...", "class Small(Middle): ...", build)
+    assert type(load_class(f"{path}:Net")().net).__name__ == "Small"
