@@ -80,7 +80,7 @@ class SearchPlan:
     folder: Path
 
     def build_sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        return self.study.build_sampler(self.config.seed, number, self.space, len(self.groups) > 1)
+        return self.study.build_sampler(self.config.seed, number, side_by_side=len(self.groups) > 1)
 
     def build_pruner(self) -> optuna.pruners.BasePruner:
         return self.study.build_pruner(self.config.max_epochs)

@@ -76,25 +76,11 @@ def _has_own_bound(value: Any, parameter: inspect.Parameter) -> bool:
     return value == -1 and parameter.default not in (inspect.Parameter.empty, -1)
 
 # %% ../../nbs/settings/08_model_and_data.ipynb #faaa843d
-class ClassArguments(ModelAndData):
-    @cached_property
-    def has_data_module(self) -> bool:
-        "Whether `data` makes a LightningDataModule, not a dataset."
-        from lightning.pytorch import LightningDataModule
-
-        if inspect.isclass(self.data_class):
-            return issubclass(self.data_class, LightningDataModule)
-        return "split" not in self.data_parameters
-
+class ModelArguments(ModelAndData):
     @cached_property
     def model_parameters(self) -> Mapping[str, inspect.Parameter]:
         "The arguments that `model` takes, by their names."
         return inspect.signature(self.model_class).parameters
-
-    @cached_property
-    def data_parameters(self) -> Mapping[str, inspect.Parameter]:
-        "The arguments that `data` takes, by their names."
-        return inspect.signature(self.data_class).parameters
 
     @cached_property
     def taken_by_model(self) -> dict[str, Any]:
@@ -110,15 +96,31 @@ class ClassArguments(ModelAndData):
         return {name: value for name, value in self.taken_by_model.items() if not _has_own_bound(value, self.model_parameters[name])}
 
     @cached_property
-    def passed_to_data(self) -> dict[str, Any]:
-        "The settings that the data takes as arguments."
-        return {name: getattr(self, name) for name in self.passed_to("data") if name in self.data_parameters}
-
-    @cached_property
     def model_arguments(self) -> dict[str, Any]:
         "`model_args`, completed with the defaults of the model. Raises `ValueError` for an unknown or missing one."
         check_objects("model_args", self.model_args)
         return complete_arguments("model_args", self.model_class, self.model_args, tuple(self.taken_by_model))
+
+# %% ../../nbs/settings/08_model_and_data.ipynb #267f53f9
+class ClassArguments(ModelArguments):
+    @cached_property
+    def data_parameters(self) -> Mapping[str, inspect.Parameter]:
+        "The arguments that `data` takes, by their names."
+        return inspect.signature(self.data_class).parameters
+
+    @cached_property
+    def has_data_module(self) -> bool:
+        "Whether `data` makes a LightningDataModule, not a dataset."
+        from lightning.pytorch import LightningDataModule
+
+        if inspect.isclass(self.data_class):
+            return issubclass(self.data_class, LightningDataModule)
+        return "split" not in self.data_parameters
+
+    @cached_property
+    def passed_to_data(self) -> dict[str, Any]:
+        "The settings that the data takes as arguments."
+        return {name: getattr(self, name) for name in self.passed_to("data") if name in self.data_parameters}
 
     @cached_property
     def data_arguments(self) -> dict[str, Any]:
