@@ -27,6 +27,28 @@ WRITE_EVERY = 0.5  # seconds between two writings of a count, where it has chang
 RECORD = struct.Struct("<dqq")  # seconds without progress that are allowed, 0 where it is not under way; the count; the process
 STACKS = getattr(signal, "SIGRTMAX", signal.SIGUSR2)  # the signal that asks for stacks
 
+# %% ../../nbs/system/07_progress.ipynb #90261b23
+class _RankFiles:
+    "The files of this rank, for those who watch the folder."
+
+    def __init__(self, folder: Path, rank: int):
+        self.stacks = (folder / f"rank-{rank}.stacks").open("w")
+        faulthandler.register(STACKS, self.stacks, all_threads=True)
+        self.file = os.open(folder / f"rank-{rank}.progress", os.O_WRONLY | os.O_CREAT, 0o600)
+
+    def write(
+        self,
+        timeout: float,  # seconds; 0 where it is not under way
+        count: int,
+    ) -> None:
+        with suppress(OSError):
+            os.pwrite(self.file, RECORD.pack(timeout, count, os.getpid()), 0)
+
+    def close(self) -> None:
+        os.close(self.file)
+        faulthandler.unregister(STACKS)
+        self.stacks.close()
+
 # %% ../../nbs/system/07_progress.ipynb #fe783108
 class Progress:
     "Counts what this process does, for those who watch the folder."
@@ -38,10 +60,7 @@ class Progress:
         timeout: float,  # seconds without progress that are allowed
     ):
         self.timeout, self.count, self.under_way = timeout, 0, False
-        self.stacks = (folder / f"rank-{rank}.stacks").open("w")
-        faulthandler.register(STACKS, self.stacks, all_threads=True)
-        self.file = os.open(folder / f"rank-{rank}.progress", os.O_WRONLY | os.O_CREAT, 0o600)
-        self.closed = threading.Event()
+        self.files, self.closed = _RankFiles(folder, rank), threading.Event()
         self._write()
         self.writer = threading.Thread(target=self._keep, name="dlnb-progress", daemon=True)
         self.writer.start()
@@ -58,9 +77,7 @@ class Progress:
             self.writer.join()
             self.under_way = False
             self._write()
-            os.close(self.file)
-            faulthandler.unregister(STACKS)
-            self.stacks.close()
+            self.files.close()
 
     def _keep(self) -> None:
         written = 0
@@ -70,9 +87,7 @@ class Progress:
                 self._write()
 
     def _write(self) -> None:
-        record = RECORD.pack(self.timeout if self.under_way else 0.0, self.count, os.getpid())
-        with suppress(OSError):
-            os.pwrite(self.file, record, 0)
+        self.files.write(self.timeout if self.under_way else 0.0, self.count)
 
 # %% ../../nbs/system/07_progress.ipynb #048664b7
 class RankProgress(NamedTuple):
@@ -82,28 +97,14 @@ class RankProgress(NamedTuple):
     marks: int  # that have been made
     pid: int
 
-# %% ../../nbs/system/07_progress.ipynb #7dd96b44
-class ProgressWatch:
-    "Sees whether the ranks of a training still make progress."
+# %% ../../nbs/system/07_progress.ipynb #e49f5c42
+class _ProgressReader:
+    "Reads the records of all ranks."
 
-    def __init__(
-        self,
-        folder: Path,  # that the ranks share
-    ):
+    def __init__(self, folder: Path):
         self.folder, self.files = folder, {}
-        self.ranks: dict[int, RankProgress] = {}  # those under way
-        self.idle, self.looked = 0.0, time.monotonic()  # seconds without progress; when it has looked last
 
-    def look(self) -> bool:
-        "Whether no rank has made progress for longer than is allowed. To be called every few seconds, or more often."
-        now = time.monotonic()
-        ranks = {rank: state for rank, state in self._read() if state.timeout}
-        changed, self.ranks = ranks != self.ranks, ranks
-        self.idle = 0.0 if changed or not ranks else self.idle + min(now - self.looked, 5.0)
-        self.looked = now
-        return bool(ranks) and self.idle > min(state.timeout for state in ranks.values())
-
-    def _read(self) -> Iterator[tuple[int, RankProgress]]:
+    def read(self) -> Iterator[tuple[int, RankProgress]]:
         with suppress(OSError):  # a folder may be cleaned away while one looks into it
             for path in self.folder.glob("rank-*.progress"):
                 known = self.files.get(path.name)
@@ -112,6 +113,27 @@ class ProgressWatch:
         for name, file in sorted(self.files.items()):
             if len(record := os.pread(file.fileno(), RECORD.size, 0)) == RECORD.size:
                 yield int(Path(name).stem.removeprefix("rank-")), RankProgress(*RECORD.unpack(record))
+
+# %% ../../nbs/system/07_progress.ipynb #7dd96b44
+class ProgressWatch:
+    "Sees whether the ranks of a training still make progress."
+
+    def __init__(
+        self,
+        folder: Path,  # that the ranks share
+    ):
+        self.reader = _ProgressReader(folder)
+        self.ranks: dict[int, RankProgress] = {}  # those under way
+        self.idle, self.looked = 0.0, time.monotonic()  # seconds without progress; when it has looked last
+
+    def look(self) -> bool:
+        "Whether no rank has made progress for longer than is allowed. To be called every few seconds, or more often."
+        now = time.monotonic()
+        ranks = {rank: state for rank, state in self.reader.read() if state.timeout}
+        changed, self.ranks = ranks != self.ranks, ranks
+        self.idle = 0.0 if changed or not ranks else self.idle + min(now - self.looked, 5.0)
+        self.looked = now
+        return bool(ranks) and self.idle > min(state.timeout for state in ranks.values())
 
     def suspects(self) -> dict[int, str]:
         "The ranks that the others wait for, and what is the matter with them: those that are stopped, or else those behind."
