@@ -226,7 +226,7 @@ class Storage(Settings):
         return value and os.path.expanduser(value)
 
 # %% ../nbs/05_config.ipynb #86bf8e07
-class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
+class IdentifiedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 
     def with_given(
@@ -260,7 +260,7 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loadi
         return short_hash(self.identity)
 
 # %% ../nbs/05_config.ipynb #ce26fd36
-def _identity_of(config: NamedRun) -> dict[str, Any]:
+def _identity_of(config: IdentifiedRun) -> dict[str, Any]:
     left_out = {*config.fields_with(identity=False)} - ({"resume"} if config.origin else set())
     unchanged = set(filter(config.is_default, config.fields_with(identity="changed")))
     settings = config.resolved.model_dump(exclude=left_out | unchanged)
@@ -283,7 +283,7 @@ def _place_in(root: str, path: str) -> str:
     return place.relative_to(top).as_posix() if place.is_relative_to(top) else str(place)
 
 # %% ../nbs/05_config.ipynb #87796832
-def _readable_name(config: NamedRun) -> str:
+def _readable_name(config: IdentifiedRun) -> str:
     parameters = config.model_parameters
     plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
@@ -307,6 +307,27 @@ def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
     return mode
+
+# %% ../nbs/05_config.ipynb #8ecfa0c7
+class NamedRun(IdentifiedRun):
+    @property
+    def run_name(self) -> str:
+        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
+        return self.name or _readable_name(self)
+
+    def folder(
+        self,
+        mode: str = "train",  # train, tune, test or predict
+    ) -> Path:
+        "Where the run is stored: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
+        return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
+
+    def project(
+        self,
+        mode: str = "train",  # train, tune, test or predict
+    ) -> str:
+        "The W&B project: `<Data>-<Model>-<mode>`."
+        return f"{self.task}-{_check_mode(mode)}"
 
 # %% ../nbs/05_config.ipynb #15a3726f
 class RunConfig(NamedRun):
@@ -337,25 +358,6 @@ class RunConfig(NamedRun):
     ) -> "RunConfig":
         "The settings that `namespace` has under the names of the fields; its other names are ignored."
         return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
-
-    @property
-    def run_name(self) -> str:
-        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
-        return self.name or _readable_name(self)
-
-    def folder(
-        self,
-        mode: str = "train",  # train, tune, test or predict
-    ) -> Path:
-        "Where the run lives: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
-        return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
-
-    def project(
-        self,
-        mode: str = "train",  # train, tune, test or predict
-    ) -> str:
-        "The W&B project: `<Data>-<Model>-<mode>`."
-        return f"{self.task}-{_check_mode(mode)}"
 
 # %% ../nbs/05_config.ipynb #0e26eb3d
 def _check_agreement(config: RunConfig) -> None:

@@ -122,7 +122,7 @@ class ProgressWatch:
         self,
         folder: Path,  # that the ranks share
     ):
-        self.reader = _ProgressReader(folder)
+        self.folder, self.reader = folder, _ProgressReader(folder)
         self.ranks: dict[int, RankProgress] = {}  # those under way
         self.idle, self.looked = 0.0, time.monotonic()  # seconds without progress; when it has looked last
 

@@ -326,7 +326,7 @@ def test_a_study_is_followed_while_it_runs(search):
         setattr(record, name, values[name])
     record.write()
     trial, before = study.ask(plan.space), view.pictures.picture.value
-    assert view.look() and "1 running" in view.summary.value and "RUNNING" in view.rows.value
+    assert view.look() and "1 running" in view.summary.value and "RUNNING" in view.trials.rows.value
     trial.report(0.5, 1)
     study.tell(trial, 1e-5)
     assert view.look() and "4 of 5" in view.summary.value and view.pictures.picture.value != before
@@ -342,7 +342,7 @@ def test_a_trial_of_ones_own_is_the_next_that_a_worker_takes(search):
         assert told in fields["lr"].message.value and result.value == "" and len(study.trials) == 3
     fields["lr"].control.value, fields["seed"].control.value = "0.02", (1,)
     button.click()
-    assert fields["lr"].message.value == "" and "Trial 3 waits" in result.value and "WAITING" in view.rows.value
+    assert fields["lr"].message.value == "" and "Trial 3 waits" in result.value and "WAITING" in view.trials.rows.value
     row = queue.claim()
     taken = optuna.trial.Trial(optuna.load_study(study_name=plan.name, storage=queue.storage), row._trial_id)
     assert draw(plan.space, taken) == {"lr": 0.02, "seed": 1}
