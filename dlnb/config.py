@@ -403,7 +403,7 @@ def _check_classes(config: RunConfig) -> None:
 
     if inspect.isclass(config.model_class) and not issubclass(config.model_class, LightningModule):
         raise ValueError(
-            f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
+            f"model={config.model!r} is not a LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )
     if len(os.fsencode(config.task)) > LONGEST_NAME:
         raise ValueError(
@@ -492,7 +492,7 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     try:
         params = read_dictionary(read_json(Path(path).expanduser())["params"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
+        raise ValueError(f"best_params={str(path)!r} is not a best_params.json of a study: {error!r}") from error
     try:
         values = apply_params(values, params)
     except ValueError as error:

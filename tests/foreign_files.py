@@ -223,7 +223,7 @@ BAD = [
     ("a tensor twice", safetensors(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), bytes(4)), "it has 'a' twice"),
     ("a dtype twice", safetensors(b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', bytes(4)), "it has 'dtype' twice"),
     ("a name that is no text", safetensors(b'{"\\ud800":%b}' % json.dumps(F32).encode(), bytes(4)), "surrogates not allowed"),
-    ("NaN in a header", safetensors(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)), "NaN is no number"),
+    ("NaN in a header", safetensors(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)), "NaN is not a number"),
     ("a header that is not UTF-8", safetensors(b'{"\xff":1}', b""), "utf-8"),
     ("a header of UTF-16", safetensors(json.dumps(HEADER).encode("utf-16")), "utf-8"),
     ("a header that is nested deep", safetensors(b"[" * 1_000_000, b""), "nested too deep"),
@@ -268,7 +268,7 @@ BAD = [
     ("an index without a map", index(b"{}"), "no weight_map"),
     ("an index that is not UTF-8", index(b"\xff\xfe{}"), "utf-8"),
     ("an index that is nested deep", index(b'{"weight_map":' * 200_000), "nested too deep"),
-    ("an index of NaN", index(b'{"weight_map":{"a":NaN}}'), "NaN is no number"),
+    ("an index of NaN", index(b'{"weight_map":{"a":NaN}}'), "NaN is not a number"),
     ("an index of three million shards", index(b'{"weight_map":{' + b'"a":"b",' * 3_000_000 + b'"a":"b"}}'), "more than 2,000,000 values"),
     ("an index whose shard is a pipe", lambda folder: (os.mkfifo(folder / "a.safetensors"), index({"a": "a.safetensors"}, ())(folder))[1], "no regular file"),
     # zips

@@ -52,7 +52,7 @@ class StudySettings(BaseModel):
 
     search_space: Any  # {"lr": {"low": 1e-4, "high": 1e-2, "log": true}, "model_args.width": [8, 16]}; or "module:function" of the trial
     n_trials: int = Field(20, ge=1)  # in all, finished before or not
-    timeout: float | None = Field(None, gt=0)  # seconds, after which no trial begins
+    timeout: float | None = Field(None, gt=0)  # seconds, after which no trial starts
     trial_timeout: float | None = Field(None, gt=0)  # seconds, after which a trial has failed
     devices_per_trial: int | None = Field(None, ge=1)  # None for all of `devices`; fewer, and trials run side by side
     sampler: str = "TPESampler"  # a class of optuna.samplers
@@ -82,7 +82,7 @@ class StudyConfig(StudySettings):
         return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
     def build_sampler(self, seed: int, number: int, side_by_side: bool) -> optuna.samplers.BaseSampler:
-        "The sampler for one trial. Its state is lost with its process, so each trial has its own, with a seed of its own."
+        "The sampler for one trial. Its state is lost with its process, so each trial has its own, with another seed."
         arguments = dict(self.sampler_args)
         if (seed := arguments.pop("seed", seed)) is not None and self.sampler != "QMCSampler":  # that one counts trials itself
             seed += number

@@ -32,7 +32,7 @@ WORKER_STALE_AFTER = 2 * MISSED * HEARTBEAT_EVERY
 
 
 def trial_id(row: FrozenTrial) -> int:
-    "What the study's storage knows a trial by, whichever study it is of."
+    "The id of a trial in its storage, unique over all studies there."
     return row._trial_id
 
 
@@ -68,7 +68,7 @@ class StudyTrials:
 
 # %% ../../nbs/search/03_trial_queue.ipynb #26444568
 class StaleWorkers:
-    "Tells which workers have stopped, by their processes or their heartbeats."
+    "Finds the workers that have stopped, by their processes or their heartbeats."
 
     def __init__(self) -> None:
         self.silences: defaultdict[int, Unchanged] = defaultdict(Unchanged)  # of workers that cannot be seen from here

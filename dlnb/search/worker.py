@@ -41,7 +41,7 @@ class TrialTraining:
 
     def __init__(self, plan: SearchPlan, trial: optuna.trial.Trial, known: Collection[int]):
         self.plan, self.trial = plan, trial
-        self.known = known  # the steps of reports that the study has from an attempt before
+        self.known = known  # the steps of reports that the study has from an earlier attempt
         self.values: list[float] = []
 
     def report(self, number: int, value: float) -> bool:

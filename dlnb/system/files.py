@@ -31,7 +31,7 @@ def open_regular(
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise ValueError(f"{path} is no regular file, but a pipe or a device.")
+    raise ValueError(f"{path} is not a regular file, but a pipe or a device.")
 
 # %% ../../nbs/system/01_files.ipynb #6c02cab6
 JSON_SIZE = 1 << 25  # bytes
@@ -66,7 +66,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def read_json(
@@ -79,4 +79,4 @@ def read_json(
     try:
         return parse_json(content, allow_nan)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no JSON: {error}.") from error
+        raise ValueError(f"{path} is damaged, or not JSON: {error}.") from error

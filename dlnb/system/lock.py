@@ -56,7 +56,7 @@ def open_lock(
         if stat.S_ISREG(status.st_mode) and status.st_nlink < 2:
             return descriptor
         os.close(descriptor)
-    raise ValueError(f"{path} must be a plain file with one name, and is not: it is none of dlnb's. Remove it.")
+    raise ValueError(f"{path} must be a plain file with one name, and is not: dlnb did not make it. Remove it.")
 
 # %% ../../nbs/system/06_lock.ipynb #8c214fcf
 def _lock(descriptor: int) -> bool:

@@ -56,7 +56,7 @@ def find_records(
 ) -> list[tuple[RunRecord, dict[str, dict[str, Any]]]]:  # each record, and what it holds by column
     "All records below a folder. A broken one gives a warning and is left out. Raises `ValueError` where there is no such folder."
     if not os.path.isdir(root):
-        raise ValueError(f"root={str(root)!r} is no folder (looked in {Path.cwd()}).")
+        raise ValueError(f"root={str(root)!r} is not a folder (looked in {Path.cwd()}).")
     found = []
     for folder in _record_folders(Path(root)):
         try:
@@ -114,7 +114,7 @@ def throughput_columns(record: RunRecord) -> dict[str, Any]:
 
 def _setting(record: RunRecord, name: str, kind: type, default: Any) -> Any:
     if not isinstance(value := record.settings.get(name, default), kind):
-        raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is no {kind.__name__}.")
+        raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is not of type {kind.__name__}.")
     return value
 
 # %% ../../nbs/tracking/07_catalogue.ipynb #173a68b8

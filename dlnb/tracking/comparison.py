@@ -113,7 +113,7 @@ def _unneeded(record: RunRecord) -> list[tuple[Path, float]]:
         raise ValueError(f"it is in use by {holder}.")
     paths, kept = sorted(place.glob("*.ckpt")), record.folder / name
     if kept not in paths or not kept.exists():
-        raise ValueError(f"its record names {name!r}, which is none of its checkpoints.")
+        raise ValueError(f"its record names {name!r}, which is not one of its checkpoints.")
     others = [path for path in paths if path != kept and not (kept.is_symlink() and path.exists() and path.samefile(kept))]
     return [(path, _size(path, kept)) for path in others]
 

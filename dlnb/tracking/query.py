@@ -53,8 +53,8 @@ def _short(text: Any, length: int = 200) -> str:
 def parse(
     text: str,  # such as EXAMPLE
 ) -> Query:
-    "Parse a condition. Raises `ValueError` for what is no expression, or is too long or nested too deeply."
-    problem = f"where={_short(text)} is no expression: "
+    "Parse a condition. Raises `ValueError` for what is not an expression, or is too long or nested too deeply."
+    problem = f"where={_short(text)} is not an expression: "
     if not isinstance(text, str):
         raise ValueError(f"{problem}it must be a text such as {EXAMPLE!r}.")
     if len(text) > MOST_CHARACTERS:
@@ -279,7 +279,7 @@ def _truth(query: Query, node: ast.expr, column: Operand) -> list[bool]:
     "A column of True and False as a condition of its own."
     values = list(column.rows)
     if others := [value for value in values if not isinstance(value, bool | None)]:
-        raise query.error(node, f"holds {_kind(others[0])}, which is no condition: compare it with something")
+        raise query.error(node, f"holds {_kind(others[0])}, which is not a condition: compare it with something")
     return [value is True for value in values]
 
 # %% ../../nbs/tracking/06_query.ipynb #6abef55f
@@ -298,7 +298,7 @@ def _condition(query: Query, node: ast.expr, operand: Callable[[ast.expr], Opera
             return _joined(ast.And(), [_compare(query, node, *link) for link in links])
         case ast.Name() | ast.Attribute():
             return _truth(query, node, operand(node))
-    raise query.error(node, f"{REFUSED.get(type(node), 'is no condition')}. {ALLOWED}")
+    raise query.error(node, f"{REFUSED.get(type(node), 'is not a condition')}. {ALLOWED}")
 
 # %% ../../nbs/tracking/06_query.ipynb #639ea845
 def mask(
@@ -306,7 +306,7 @@ def mask(
     where: str,  # a condition
     names: Mapping[str, str] | None = None,  # other names of columns
 ):  # a pandas Series of bool, by the table's index
-    "Which rows a condition selects. Raises `ValueError` for what is no condition, is not allowed, or names no column."
+    "Which rows a condition selects. Raises `ValueError` for what is not a condition, is not allowed, or names no column."
     import pandas
 
     query = parse(where)

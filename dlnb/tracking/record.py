@@ -142,7 +142,7 @@ def _read_run_json(folder: str | Path) -> Mapping[str, Any]:
     try:
         return read_json(path, allow_nan=True)  # early records hold NaN
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is no run's folder: it has no run.json.") from None
+        raise ValueError(f"{folder} is not a run's folder: it has no run.json.") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 

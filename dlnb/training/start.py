@@ -179,7 +179,7 @@ def is_finished(record: RunRecord, config: RunConfig) -> bool:
 
 def _limit(record: RunRecord, name: str) -> int:
     if type(value := record.settings.get(name)) is not int:
-        raise ValueError(f"{record.path} is damaged: it has the setting {name}={value!r}, which is no number.")
+        raise ValueError(f"{record.path} is damaged: it has the setting {name}={value!r}, which is not a number.")
     return value
 
 

@@ -41,7 +41,7 @@ def _card_of(
 
 # %% ../../nbs/views/02_live.ipynb #679c21f1
 class LiveCard:
-    "A training's card, displayed when it has begun."
+    "A training's card, displayed when it has started."
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class ShowCard(Callback):
 # %% ../../nbs/views/02_live.ipynb #31ab833b
 @contextmanager
 def live_card(record: RunRecord) -> Iterator[LiveCard | None]:
-    "The card of a training that begins now; None where nobody watches."
+    "The card of a training that starts now; None where nobody watches."
     if is_batch():
         yield None
         return

@@ -251,7 +251,7 @@ class _StudyView(View):
 class Study(_StudyView):
     """A search while it runs, or afterwards.
 
-    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's,
+    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is not a search's,
     and `PermissionError` where Voila serves it without a token.
     """
 

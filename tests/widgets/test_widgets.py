@@ -112,7 +112,7 @@ def test_a_wrong_filter_is_reported_at_its_field_and_changes_nothing(root):
     before, field = names(runs), runs.table.choice.where
     for wrong, told in [
         ("lrr < 1", "Did you mean &#x27;lr&#x27;?"),
-        ("lr <", "is no expression"),
+        ("lr <", "is not an expression"),
         ("__import__('os')", "nothing is run here"),
     ]:
         field.control.value = wrong
