@@ -117,7 +117,7 @@ class ArrowFile:
         self.pieces: Any = None
 
     def write(self, table: "pa.Table") -> None:
-        "Raises `ValueError` where the columns do not go with those of the tables before."
+        "Raises `ValueError` where the columns do not fit those of the tables before."
         schema = self.widest.with_table(table)
         if schema != self.schema:
             self._open(schema)

@@ -30,7 +30,7 @@ def check_numbered(
 ) -> None:
     "Raises `ValueError` where the numbers of its samples cannot be known but several ranks need them."
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
-        raise ValueError("DataLoader(in_order=False) does not tell which samples it delivers. Leave in_order out.")
+        raise ValueError("DataLoader(in_order=False) does not say which samples it delivers. Leave in_order out.")
     is_indexed = getattr(loader, "batch_sampler", None) is not None and not isinstance(loader.dataset, IterableDataset)
     if ranks > 1 and not is_indexed and not hasattr(loader, "seen_batch_indices"):
         raise ValueError(

@@ -124,10 +124,10 @@ def check_keys(
 
 # %% ../../nbs/strategies/00_deepspeed_config.ipynb #d265834f
 def merged(
-    configuration: Mapping[str, Any],  # what the strategy's name stands for
+    configuration: Mapping[str, Any],  # of the strategy's name
     keys: Mapping[str, Any],  # nested, as the user gives them
 ) -> dict[str, Any]:
-    "A configuration with other keys over its own, dictionaries key by key."
+    "A configuration in which other keys replace its own, dictionaries key by key."
     together = dict(configuration)
     for key, value in keys.items():
         inner = together.get(key)

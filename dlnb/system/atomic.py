@@ -114,7 +114,7 @@ class NewFile:
 def new_files(
     *paths: Path,  # in one folder
 ) -> Iterator[list[NewFile]]:
-    "Files to fill, which appear in this order when the block ends well, and of which nothing stays when it does not."
+    "Files to fill, which appear in this order when the block ends well, and which are removed when it does not."
     with ExitStack() as stack:
         files = []
         for path in paths:

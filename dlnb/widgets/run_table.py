@@ -56,7 +56,7 @@ class RunList:
 PAGE = 20  # rows
 COLUMNS = ["status", "started", "epoch", "step", "best_score", "batch_size", "lr"]  # the name has the task, the mode and the strategy
 _HEIGHT = f"{ROW}px"
-_OWN = ("run",)  # the first column is made of it
+_OWN = ("run",)  # shown as the first column
 
 
 def run_html(runs: RunList, run: str) -> Html:

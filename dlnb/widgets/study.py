@@ -47,7 +47,7 @@ from dlnb.views.view import (
 
 # %% ../../nbs/widgets/02_study.ipynb #212fc62d
 def summary_rows(search: ReopenedSearch) -> list[tuple[str, Any]]:
-    "What one wants to know first of a search."
+    "The main facts of a search."
     trials, record = search.study.get_trials(deepcopy=False), search.record
     counts = Counter(trial.state.name.lower() for trial in trials)
     ended = sum(trial.state.is_finished() for trial in trials)
@@ -89,7 +89,7 @@ def drawn(study: Any, name: str) -> tuple[bytes, str]:
     "A picture, or why there is none."
     try:
         return png(plot_study(study, [name])[0]), ""
-    except Exception as error:  # whatever Optuna and matplotlib say
+    except Exception as error:  # of Optuna or matplotlib
         return b"", fault(f"This picture cannot be drawn. {type(error).__name__}: {error}")
 
 # %% ../../nbs/widgets/02_study.ipynb #b8365346
@@ -117,7 +117,7 @@ class _Trials:
 
 # %% ../../nbs/widgets/02_study.ipynb #e8f5357e
 def _control(name: str, what: BaseDistribution) -> widgets.Widget:
-    "Choices, or a number as text: a number field would change a wrong one without a word."
+    "Choices, or a number as text: a number field would change a wrong one without a message."
     style: dict[str, Any] = {"description": name, "style": {"description_width": "160px"}, "layout": widgets.Layout(width="420px")}
     if isinstance(what, CategoricalDistribution):
         return widgets.Dropdown(options=[("", ()), *((as_text(choice) or repr(choice), (choice,)) for choice in what.choices)], **style)
