@@ -165,7 +165,7 @@ class Deletion(_Deletion):
         with self.question.checked():
             if not unneeded(self.root, self.folders)[0].equals(self.asked):
                 self.ask()
-                self.question.message.value = fault("There is something else now: the list has changed since the question. Look again.")
+                self.question.message.value = fault("The list has changed since the question. Look again.")
                 return
             table, kept = unneeded(self.root, self.folders, delete=True)
             reasons = "".join(f"<div>{as_html(reason, 400)}</div>" for reason in kept)
