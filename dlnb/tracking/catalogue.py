@@ -36,7 +36,7 @@ def _record_folders(folder: Path, level: int = 0) -> Iterator[Path]:
         with os.scandir(folder) as entries:
             inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         if level > MOST_FOLDERS:
-            raise OSError(0, f"more than {MOST_FOLDERS} folders lie in one another there")
+            raise OSError(0, f"more than {MOST_FOLDERS} folders are nested there")
     except OSError as error:  # not readable, or removed just now
         return _left_out(folder, error.strerror)
     is_run = "run.json" in inside
@@ -45,7 +45,7 @@ def _record_folders(folder: Path, level: int = 0) -> Iterator[Path]:
     if is_run:
         below = list(below)
         if below and not inside.keys() & {*OF_A_RUN, "metrics.csv", "metrics.json"}:
-            _left_out(folder / "run.json", "other runs lie below it, and nothing else of a run beside it.")
+            _left_out(folder / "run.json", "other runs are below it, and nothing else of a run is beside it.")
         else:
             yield folder
     yield from below
@@ -62,7 +62,7 @@ def find_records(
         try:
             record = RunRecord.read(folder)
             found.append((record, record_columns(record)))
-        except Exception as error:  # whatever it is, it is that record's
+        except Exception as error:  # a mistake in that record
             _left_out(folder, error)
     return found
 

@@ -110,7 +110,7 @@ def _check_class(config: RunConfig, part: str, value: Any) -> None:
 
 @contextmanager
 def meanings_kept(*objects: Any) -> Iterator[None]:
-    "Let objects mean after the training what they meant before: the cell that passes them again finds their run."
+    "Keep the meaning that objects had before the training: the cell that passes them again finds their run."
     meanings = [(value, Fingerprint(value).meaning) for value in objects if value is not None]
     try:
         yield

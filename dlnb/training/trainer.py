@@ -108,7 +108,7 @@ def build_trainer(
 
 # %% ../../nbs/training/03_trainer.ipynb #5107386f
 def _resuming(plan: RunPlan) -> list[Callback]:
-    "What has the Trainer begin at the plan's start. Of the other ranks' plans nothing is used: they follow rank 0's."
+    "Callbacks that start the Trainer at the plan's start. The other ranks' plans are not used: they follow rank 0's."
     start = plan.start
     if start is None:
         return [ContinueFrom(None), CheckLengths(None)]
@@ -190,7 +190,7 @@ def quiet_lightning():
             ".*treespec, LeafSpec.*",  # Lightning's own call of torch
             ".*`srun` command is available.*",  # under the engine, ranks are started by papermill
             ".*each worker will save a shard.*",  # and dlnb makes one file of them
-            ".*AccumulateGrad node's stream does not match.*",  # Lightning wraps a model for DDP on a stream of its own
+            ".*AccumulateGrad node's stream does not match.*",  # Lightning wraps a model for DDP on a separate stream
             ".*using the device under current context.*",  # a barrier, once the device is set
         ):
             warnings.filterwarnings("ignore", message=noise)
