@@ -206,9 +206,9 @@ class Storage(Settings):
     best_params: Annotated[str | None, Role(identity=False)] = None  # a best_params.json of the tuner; its values win
     # "auto" is online where there is a key, else offline
     wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Role(identity=False, inference="run")] = "auto"
-    # beside metrics.csv: "csv" for none, "tensorboard", or a logger of one's own as {"class_path": ..., "init_args": {...}}
+    # beside metrics.csv: "csv" for none, "tensorboard", or your own logger as {"class_path": ..., "init_args": {...}}
     logger: Annotated[Literal["csv", "tensorboard"] | dict[str, Any], BeforeValidator(_read_logger), Role(identity=False)] = "csv"
-    # of one's own: paths, or [{"class_path": ..., "init_args": {...}}]
+    # your own: paths, or [{"class_path": ..., "init_args": {...}}]
     callbacks: Annotated[Objects, Role(identity="changed")] = []
     # seconds without progress on any rank, after which the job ends; None: never
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
@@ -298,7 +298,7 @@ def _readable_name(config: IdentifiedRun) -> str:
 def known_folder(
     folder: Path,  # its name ends with a hash
 ) -> Path:
-    "The folder of the same hash that an earlier version of dlnb has named otherwise, where there is just one; else this one."
+    "The folder of the same hash that an earlier version of dlnb has named differently, where there is just one; else this one."
     others = [] if folder.exists() else list(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}"))
     return others[0] if len(others) == 1 else folder
 
@@ -312,7 +312,7 @@ def _check_mode(mode: str) -> str:
 class NamedRun(IdentifiedRun):
     @property
     def run_name(self) -> str:
-        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
+        "What a person reads: the model's numbers and texts that are not the defaults, learning rate, batch x ranks x accumulation, precision."
         return self.name or _readable_name(self)
 
     def folder(

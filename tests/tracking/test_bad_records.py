@@ -236,7 +236,7 @@ def test_files_links_and_deep_folders_beside_the_runs_are_passed_over(tmp_path):
 def test_folders_without_an_end_are_one_warning(tmp_path):
     good(tmp_path)
     (tmp_path / "/".join(["deep"] * 300)).mkdir(parents=True)
-    check_that_the_others_are_served(tmp_path, tmp_path / "deep", "40 folders lie in one another")
+    check_that_the_others_are_served(tmp_path, tmp_path / "deep", "40 folders are nested")
 
 
 def test_a_folder_whose_name_is_no_unicode_is_one_warning(tmp_path):

@@ -218,7 +218,7 @@ def test_nothing_outside_the_root_is_deleted_or_linked(root, tmp_path):
     runs = Runs(root, where="lr == 1e-3", ticked=[linked.folder])
     assert "link" not in names(runs) and "secret" not in shown(runs)
     runs.deletion.button.click()
-    assert "to which a link leads" in runs.deletion.question.control.value
+    assert "a link leads there" in runs.deletion.question.control.value
     runs.deletion.yes.click()
     assert len(checkpoints(outside)) == 2
 
