@@ -473,7 +473,7 @@ def apply_params(
     values: Mapping[str, Any],  # settings
     params: Mapping[str, Any],  # of a study: a setting's name, or `model_args.NAME` or `data_args.NAME`, to its value
 ) -> dict[str, Any]:
-    "Settings with a study's parameters in place of their own. Raises `ValueError` for one that a search may not vary."
+    "Settings in which a study's parameters replace the given values. Raises `ValueError` for one that a search may not vary."
     values = dict(values)
     for name, value in params.items():
         check_searchable("params", name)

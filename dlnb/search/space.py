@@ -52,7 +52,7 @@ def distribution(
 
 # %% ../../nbs/search/00_space.ipynb #e25cdbbd
 def _edges(what: BaseDistribution) -> list[Any]:
-    "The values that tell whether all of them are possible settings."
+    "The values that have to be possible settings: every choice, or both ends."
     return list(what.choices) if isinstance(what, CategoricalDistribution) else [what.low, what.high]
 
 
@@ -104,7 +104,7 @@ def check_drawn_names(space: Space, config: RunConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         names = draw(space, optuna.create_study(sampler=optuna.samplers.RandomSampler()).ask())
-    except Exception:  # a trial may fail, and says so
+    except Exception:  # a trial that fails reports it
         return
     field = f"search_space={getattr(space, '__qualname__', space)}"
     for name in names:

@@ -65,7 +65,7 @@ class ModelAndData(Settings):
 
 # %% ../../nbs/settings/08_model_and_data.ipynb #672e1d30
 def own_optimizer(model: Callable) -> bool:
-    "Whether a LightningModule configures its optimizer itself; False for a function, as only its result can tell."
+    "Whether a LightningModule configures its optimizer itself; False for a function, as only its result shows that."
     from lightning.pytorch import LightningModule
 
     return inspect.isclass(model) and getattr(model, "configure_optimizers", None) is not LightningModule.configure_optimizers
@@ -141,7 +141,7 @@ class ReadSettings(ClassArguments):
             if name in self.model_args:
                 found[name] = f"model_args gives {model} another {name}"
             elif name not in self.model_parameters:
-                found[name] = f"{model} has an optimizer of its own, and takes no argument {name}"
+                found[name] = f"{model} has its own optimizer, and takes no argument {name}"
         if self.has_data_module and "batch_size" not in self.data_parameters:
             found["batch_size"] = f"{data} takes no argument batch_size"
         return found

@@ -77,7 +77,7 @@ def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
     "A record's plain values in groups, the catalogue's own under ''. Raises `ValueError` for a value of a wrong kind."
     plain = {name: value for name, value in record.settings.items() if not isinstance(value, NESTED)}
     own = _own_columns(record, plain)
-    own["run"].encode()  # raises where the folder's name is no Unicode
+    own["run"].encode()  # raises where the folder's name is not Unicode
     parts = {"": own, "metrics": record.metrics, "settings": plain, "throughput": throughput_columns(record)}
     for group in ("model_args", "data_args"):
         values = _setting(record, group, dict, {})

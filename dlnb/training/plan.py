@@ -147,7 +147,7 @@ def _check_weights_of_start(plan: RunPlan, model: LightningModule) -> None:
 
 # %% ../../nbs/training/02_plan.ipynb #4e22bf7e
 def _may_define(model: type, name: str) -> bool:
-    "Whether a LightningModule has a method of its own, or a function that may set one."
+    "Whether a LightningModule overrides a method, or has a function that may set it."
     own = [vars(cls) for cls in model.__mro__ if cls not in LightningModule.__mro__]
     functions = [value for names in own for value in names.values() if inspect.isfunction(value)]
     return any(name in names for names in own) or any(name in function.__code__.co_names for function in functions)
@@ -166,19 +166,19 @@ def _check_sharded(config: RunConfig) -> None:
 
 
 def check_class(config: RunConfig) -> None:
-    "Raise `UntrainableError` for a class without a training step, and under FSDP without an optimizer; of a function only the result tells."
+    "Raise `UntrainableError` for a class without a training step, and under FSDP without an optimizer; for a function only the result shows that."
     if inspect.isclass(config.model_class) and not _may_define(config.model_class, "training_step"):
         raise _no_training_step(config)
     _check_sharded(config)
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
 def _check_read(config: RunConfig, model: LightningModule) -> None:
-    "Raise `UntrainableError` for a setting of the optimizer where a function has made a model with one of its own, which only its result tells."
+    "Raise `UntrainableError` for a setting of the optimizer where a function has made a model with its own optimizer, which only its result shows."
     for name in config.passed_to("optimizer"):
         if not config.is_default(name) and name not in config.passed_to_model:
             raise UntrainableError(
                 f"{name}={getattr(config, name)!r} would change nothing: {type(model).__name__}, which model={config.model!r} has made, has "
-                f"an optimizer of its own, and the function takes no argument {name}. Leave it out, or have the function take it."
+                f"its own optimizer, and the function takes no argument {name}. Leave it out, or have the function take it."
             )
 
 
