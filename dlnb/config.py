@@ -206,9 +206,9 @@ class Storage(Settings):
     best_params: Annotated[str | None, Role(identity=False)] = None  # a best_params.json of the tuner; its values win
     # "auto" is online where there is a key, else offline
     wandb: Annotated[Literal["auto", "online", "offline", "disabled"], Role(identity=False, inference="run")] = "auto"
-    # beside metrics.csv: "csv" for none, "tensorboard", or a logger of one's own as {"class_path": ..., "init_args": {...}}
+    # beside metrics.csv: "csv" for none, "tensorboard", or your own logger as {"class_path": ..., "init_args": {...}}
     logger: Annotated[Literal["csv", "tensorboard"] | dict[str, Any], BeforeValidator(_read_logger), Role(identity=False)] = "csv"
-    # of one's own: paths, or [{"class_path": ..., "init_args": {...}}]
+    # your own: paths, or [{"class_path": ..., "init_args": {...}}]
     callbacks: Annotated[Objects, Role(identity="changed")] = []
     # seconds without progress on any rank, after which the job ends; None: never
     progress_timeout: Annotated[float | None, Role(identity=False, inference="given")] = Field(1800.0, gt=0)
@@ -226,7 +226,7 @@ class Storage(Settings):
         return value and os.path.expanduser(value)
 
 # %% ../nbs/05_config.ipynb #86bf8e07
-class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
+class IdentifiedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loading):
     _given: dict[str, str] = PrivateAttr({})  # of `with_given`
 
     def with_given(
@@ -260,7 +260,7 @@ class NamedRun(Storage, Monitoring, OptimizerSettings, Training, Hardware, Loadi
         return short_hash(self.identity)
 
 # %% ../nbs/05_config.ipynb #ce26fd36
-def _identity_of(config: NamedRun) -> dict[str, Any]:
+def _identity_of(config: IdentifiedRun) -> dict[str, Any]:
     left_out = {*config.fields_with(identity=False)} - ({"resume"} if config.origin else set())
     unchanged = set(filter(config.is_default, config.fields_with(identity="changed")))
     settings = config.resolved.model_dump(exclude=left_out | unchanged)
@@ -283,7 +283,7 @@ def _place_in(root: str, path: str) -> str:
     return place.relative_to(top).as_posix() if place.is_relative_to(top) else str(place)
 
 # %% ../nbs/05_config.ipynb #87796832
-def _readable_name(config: NamedRun) -> str:
+def _readable_name(config: IdentifiedRun) -> str:
     parameters = config.model_parameters
     plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
@@ -298,7 +298,7 @@ def _readable_name(config: NamedRun) -> str:
 def known_folder(
     folder: Path,  # its name ends with a hash
 ) -> Path:
-    "The folder of the same hash that an earlier version of dlnb has named otherwise, where there is just one; else this one."
+    "The folder of the same hash that an earlier version of dlnb has named differently, where there is just one; else this one."
     others = [] if folder.exists() else list(folder.parent.glob(f"*-{folder.name.rpartition('-')[2]}"))
     return others[0] if len(others) == 1 else folder
 
@@ -307,6 +307,27 @@ def _check_mode(mode: str) -> str:
     if mode not in (modes := ("train", "tune", "test", "predict")):
         raise ValueError(unknown("mode", mode, modes))
     return mode
+
+# %% ../nbs/05_config.ipynb #8ecfa0c7
+class NamedRun(IdentifiedRun):
+    @property
+    def run_name(self) -> str:
+        "What a person reads: the model's numbers and texts that are not the defaults, learning rate, batch x ranks x accumulation, precision."
+        return self.name or _readable_name(self)
+
+    def folder(
+        self,
+        mode: str = "train",  # train, tune, test or predict
+    ) -> Path:
+        "Where the run is stored: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
+        return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
+
+    def project(
+        self,
+        mode: str = "train",  # train, tune, test or predict
+    ) -> str:
+        "The W&B project: `<Data>-<Model>-<mode>`."
+        return f"{self.task}-{_check_mode(mode)}"
 
 # %% ../nbs/05_config.ipynb #15a3726f
 class RunConfig(NamedRun):
@@ -337,25 +358,6 @@ class RunConfig(NamedRun):
     ) -> "RunConfig":
         "The settings that `namespace` has under the names of the fields; its other names are ignored."
         return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
-
-    @property
-    def run_name(self) -> str:
-        "What a person reads: the model's numbers and texts but the defaults, learning rate, batch x ranks x accumulation, precision."
-        return self.name or _readable_name(self)
-
-    def folder(
-        self,
-        mode: str = "train",  # train, tune, test or predict
-    ) -> Path:
-        "Where the run lives: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
-        return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
-
-    def project(
-        self,
-        mode: str = "train",  # train, tune, test or predict
-    ) -> str:
-        "The W&B project: `<Data>-<Model>-<mode>`."
-        return f"{self.task}-{_check_mode(mode)}"
 
 # %% ../nbs/05_config.ipynb #0e26eb3d
 def _check_agreement(config: RunConfig) -> None:
@@ -401,7 +403,7 @@ def _check_classes(config: RunConfig) -> None:
 
     if inspect.isclass(config.model_class) and not issubclass(config.model_class, LightningModule):
         raise ValueError(
-            f"model={config.model!r} is no LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
+            f"model={config.model!r} is not a LightningModule of lightning.pytorch; import it from there, not from pytorch_lightning."
         )
     if len(os.fsencode(config.task)) > LONGEST_NAME:
         raise ValueError(
@@ -471,7 +473,7 @@ def apply_params(
     values: Mapping[str, Any],  # settings
     params: Mapping[str, Any],  # of a study: a setting's name, or `model_args.NAME` or `data_args.NAME`, to its value
 ) -> dict[str, Any]:
-    "Settings with a study's parameters in place of their own. Raises `ValueError` for one that a search may not vary."
+    "Settings in which a study's parameters replace the given values. Raises `ValueError` for one that a search may not vary."
     values = dict(values)
     for name, value in params.items():
         check_searchable("params", name)
@@ -490,7 +492,7 @@ def _apply_best_params(values: dict[str, Any]) -> dict[str, Any]:
     try:
         params = read_dictionary(read_json(Path(path).expanduser())["params"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"best_params={str(path)!r} is no best_params.json of a study: {error!r}") from error
+        raise ValueError(f"best_params={str(path)!r} is not a best_params.json of a study: {error!r}") from error
     try:
         values = apply_params(values, params)
     except ValueError as error:

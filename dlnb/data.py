@@ -114,7 +114,7 @@ class _Splits(LightningDataModule):
         seed: int = 0,  # of the training order and of the workers
         num_workers: int | Literal["auto"] = "auto",  # loading processes per rank; "auto" looks at the cores
         collate_fn: Callable | None = None,  # makes a batch of samples; None for the dataset's own `collate_fn`, or torch's
-        drop_last: bool = True,  # of an incomplete last optimizer step; else it is filled up from the epoch's beginning
+        drop_last: bool = True,  # of an incomplete last optimizer step; else it is filled up from the start of the epoch
         sampler: Callable[..., Sampler] | None = None,  # of the training dataset, and of `batch_size` where it takes that
     ):
         "Raises `TypeError` where `dataset` does not accept these arguments, `ValueError` for numbers out of range."

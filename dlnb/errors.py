@@ -19,7 +19,7 @@ def unknown(
     value: Any,  # what it was set to
     choices: Iterable[str],  # what it may be set to
 ) -> str:  # one sentence for a ValueError or TypeError
-    "Say that `value` is no choice for `field`, which choice is nearest to it, and what the choices are."
+    "Say that `value` is not a choice for `field`, which choice is nearest to it, and what the choices are."
     choices = sorted(str(choice) for choice in choices)
     folded = {choice.lower(): choice for choice in choices}
     nearest = get_close_matches(str(value).lower(), folded, n=1, cutoff=0.5)

@@ -179,7 +179,7 @@ def configure_optimizers(
         raise ValueError(f"eta_min_ratio={eta_min_ratio!r} must be in [0, 1]")
     strategy, accelerator = module.trainer.strategy, module.trainer.accelerator
     if isinstance(strategy, FSDPStrategy):
-        raise ValueError("FSDP's flat shards do not tell what decays; define configure_optimizers in the module")
+        raise ValueError("FSDP's flat shards do not show what decays; define configure_optimizers in the module")
     built = build_optimizer(module, strategy, accelerator, lr, weight_decay, optimizer, betas, eps)
     return {"optimizer": built, "lr_scheduler": _schedule(built, _total_steps(module), warmup_ratio, eta_min_ratio)}
 

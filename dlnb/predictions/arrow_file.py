@@ -76,6 +76,23 @@ def _with_batch(
             "and None is a missing value."
         ) from None
 
+# %% ../../nbs/predictions/01_arrow_file.ipynb #774235e8
+class _WidestSchema:
+    "The schema that all batches fit so far."
+
+    def __init__(self):
+        self.schema: pa.Schema | None = None
+        self.of_loaders: dict[int, pa.Schema] = {}
+
+    def with_table(self, table: "pa.Table") -> "pa.Schema":
+        "The schema that this table fits as well. Raises `ValueError` where there is none."
+        loader = table["dataloader_idx"][0].as_py() if "dataloader_idx" in table.column_names else 0
+        own = _with_batch(table.schema, self.of_loaders.get(loader))
+        if own != self.of_loaders.get(loader):
+            self.of_loaders[loader] = own
+            self.schema = _with_batch(own, self.schema, of_one_loader=len(self.of_loaders) == 1)
+        return self.schema
+
 # %% ../../nbs/predictions/01_arrow_file.ipynb #40918e5c
 def _empty_schema() -> "pa.Schema":
     "The columns of a rank that had no batch."
@@ -93,24 +110,18 @@ class ArrowFile:
     "An Arrow IPC file that gets its name when it is complete, and one more for each time that its columns became wider."
 
     def __init__(self, path: Path):
-        self.path, self.schema = path, None
-        self.of_loaders: dict[int, pa.Schema] = {}
+        self.path, self.widest = path, _WidestSchema()
+        self.schema: pa.Schema | None = None  # of the file that is open
         self.segments: list[Path] = []
         self.file: Any = None
         self.pieces: Any = None
 
     def write(self, table: "pa.Table") -> None:
-        "Raises `ValueError` where the columns do not go with those of the tables before."
-        loader = table["dataloader_idx"][0].as_py() if "dataloader_idx" in table.column_names else 0
-        own = _with_batch(table.schema, self.of_loaders.get(loader))
-        if own != self.of_loaders.get(loader):
-            self.of_loaders[loader] = own
-            self._widen(_with_batch(own, self.schema, of_one_loader=len(self.of_loaders) == 1))
-        self.pieces.write(cast_table(table, self.schema))
-
-    def _widen(self, schema: "pa.Schema") -> None:
+        "Raises `ValueError` where the columns do not fit those of the tables before."
+        schema = self.widest.with_table(table)
         if schema != self.schema:
             self._open(schema)
+        self.pieces.write(cast_table(table, schema))
 
     def _open(self, schema: "pa.Schema") -> None:
         import pyarrow as pa

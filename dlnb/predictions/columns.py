@@ -63,12 +63,29 @@ def _entries(
     for key in keys:
         yield from _entries(_below(name, key), [None if record is None else record[key] for record in records])
 
+# %% ../../nbs/predictions/02_columns.ipynb #7e4df9d6
+class _ListMeaning:
+    "Decides whether a list, or a tuple, has columns or samples."
+
+    def __init__(self):
+        self.decided: dict[str, bool] = {}  # whether the lists of a name have columns
+
+    def has_columns(self, name: str, value: Any, num_samples: int) -> bool:
+        if not isinstance(value, (tuple, list)) or all(map(_is_scalar, value)):
+            return False
+        if any(_is_scalar(element) or fields_of(element) is not None for element in value):
+            return isinstance(value, tuple)
+        rows_of_all = all(hasattr(element, "__len__") and len(element) == num_samples for element in value)
+        if rows_of_all != (len(value) == num_samples):
+            self.decided[name] = rows_of_all
+        return self.decided.get(name, isinstance(value, tuple))
+
 # %% ../../nbs/predictions/02_columns.ipynb #7b5115b4
 class Columns:
     "Reads columns from what `predict_step` returns for one batch after another."
 
     def __init__(self):
-        self.decided: dict[str, bool] = {}  # whether the lists of a name are columns
+        self.lists = _ListMeaning()
 
     def read(
         self,
@@ -90,23 +107,13 @@ class Columns:
         if inner is not None:
             for key, part in inner.items():
                 yield from self._named(_below(name, key), part, num_samples)
-        elif self._has_columns(name, value, num_samples):
+        elif self.lists.has_columns(name, value, num_samples):
             for index, part in enumerate(value):
                 yield from self._named(f"{name or 'prediction'}_{index}", part, num_samples)
         elif isinstance(value, (tuple, list)):
             yield from _entries(name, value)
         else:
             yield name or "prediction", value
-
-    def _has_columns(self, name: str, value: Any, num_samples: int) -> bool:
-        if not isinstance(value, (tuple, list)) or all(map(_is_scalar, value)):
-            return False
-        if any(_is_scalar(element) or fields_of(element) is not None for element in value):
-            return isinstance(value, tuple)
-        rows_of_all = all(hasattr(element, "__len__") and len(element) == num_samples for element in value)
-        if rows_of_all != (len(value) == num_samples):
-            self.decided[name] = rows_of_all
-        return self.decided.get(name, isinstance(value, tuple))
 
 # %% ../../nbs/predictions/02_columns.ipynb #360d26dc
 def _as_array(value: Tensor | np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ def as_gathered(tensor: Tensor) -> Gathered:
 
 # %% ../../nbs/predictions/04_gather.ipynb #c818483e
 class AnySizeGather:
-    "Stands in for a strategy's `all_gather` from `start` to `stop`."
+    "Replaces a strategy's `all_gather` from `start` to `stop`."
 
     def __init__(self, strategy: Strategy):
         self.strategy, self.gather_equal = strategy, strategy.all_gather

@@ -30,11 +30,11 @@ def check_numbered(
 ) -> None:
     "Raises `ValueError` where the numbers of its samples cannot be known but several ranks need them."
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
-        raise ValueError("DataLoader(in_order=False) does not tell which samples it delivers. Leave in_order out.")
+        raise ValueError("DataLoader(in_order=False) does not say which samples it delivers. Leave in_order out.")
     is_indexed = getattr(loader, "batch_sampler", None) is not None and not isinstance(loader.dataset, IterableDataset)
     if ranks > 1 and not is_indexed and not hasattr(loader, "seen_batch_indices"):
         raise ValueError(
-            f"The samples of this {type(loader).__name__} have no numbers, so {ranks} ranks cannot tell whose prediction "
+            f"The samples of this {type(loader).__name__} have no numbers, so {ranks} ranks cannot know whose prediction "
             "is whose. Predict a map-style dataset (with __len__ and __getitem__) in a DataLoader with a batch_size, let "
             "dlnb.data.DataModule share the stream, or predict on one device."
         )

@@ -76,6 +76,25 @@ def _loaders(trainer: Trainer) -> list[Any]:
     "The trainer's predict loaders, in the order of their `dataloader_idx`."
     return CombinedLoader(trainer.predict_dataloaders, "sequential").flattened
 
+# %% ../../nbs/predictions/05_writer.ipynb #0c2b117a
+class SampleNumbers:
+    "The numbers of the samples of each batch of the loaders."
+
+    def __init__(self, trainer: Trainer):
+        "Raises `ValueError` where several ranks predict samples without numbers."
+        self.loaders = _loaders(trainer)
+        self.counted = [0] * len(self.loaders)  # samples without numbers
+        for loader in self.loaders:
+            check_numbered(loader, trainer.world_size)
+
+    def of(self, prediction: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> np.ndarray:
+        fetched = find_fetched_indices(self.loaders[dataloader_idx])
+        if fetched is not None:
+            return np.array(fetched.pop(batch_idx), np.int64)
+        first = self.counted[dataloader_idx]
+        self.counted[dataloader_idx] += count_samples(batch, prediction)
+        return np.arange(first, self.counted[dataloader_idx])
+
 # %% ../../nbs/predictions/05_writer.ipynb #d6b59805
 class PredictionWriter(_RankFile):
     """Streams the predictions of each rank to a file below `folder`, for `merge_predictions`.
@@ -86,10 +105,7 @@ class PredictionWriter(_RankFile):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         "Raises `ValueError` where several ranks predict samples without numbers."
         super().on_predict_start(trainer, pl_module)
-        self.loaders, self.columns = _loaders(trainer), Columns()
-        self.counted = [0] * len(self.loaders)  # samples without numbers
-        for loader in self.loaders:
-            check_numbered(loader, trainer.world_size)
+        self.numbers, self.columns = SampleNumbers(trainer), Columns()
 
     def write_on_batch_end(
         self,
@@ -104,18 +120,9 @@ class PredictionWriter(_RankFile):
         "Raises `ValueError` where the prediction lacks a row per sample, or has other columns than before."
         if prediction is None:
             raise ValueError("predict_step returned None. Return the batch's predictions, or remove PredictionWriter.")
-        samples = self._samples(prediction, batch, batch_idx, dataloader_idx)
+        samples = self.numbers.of(prediction, batch, batch_idx, dataloader_idx)
         if self.gather.lengths:
             prediction = own_rows(prediction, self.gather.lengths, trainer.global_rank, trainer.world_size, len(samples))
             self.gather.lengths.clear()
         values = self.columns.read(prediction, len(samples))
-        self.part.write(batch_table(samples, batch, values, dataloader_idx if len(self.loaders) > 1 else None))
-
-    def _samples(self, prediction: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> np.ndarray:
-        "The numbers of a batch's samples."
-        fetched = find_fetched_indices(self.loaders[dataloader_idx])
-        if fetched is not None:
-            return np.array(fetched.pop(batch_idx), np.int64)
-        first = self.counted[dataloader_idx]
-        self.counted[dataloader_idx] += count_samples(batch, prediction)
-        return np.arange(first, self.counted[dataloader_idx])
+        self.part.write(batch_table(samples, batch, values, dataloader_idx if len(self.numbers.loaders) > 1 else None))

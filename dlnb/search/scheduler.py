@@ -18,6 +18,27 @@ from .report import progress_line, write_best
 from .trial_queue import HEARTBEAT_EVERY, TrialQueue
 from .worker import Worker
 
+# %% ../../nbs/search/09_scheduler.ipynb #967f10ad
+def run_trials(
+    worker: Worker,
+    devices: list[int],  # of this thread
+    deadline: float,  # monotonic, after which no trial is claimed
+) -> None:
+    "Run trials, one after the other, until the study is complete or the search ends."
+    try:
+        while not (worker.stop.is_set() or worker.exhausted or time.monotonic() > deadline):
+            worker.queue.requeue_stale()
+            row = worker.queue.claim()
+            if row is not None:
+                worker.run(row, devices)
+            elif all(row.state.is_finished() for row in worker.queue.all()):
+                return
+            else:
+                worker.stop.wait(1)  # another worker's trial may have to be run again
+    except BaseException:
+        worker.stop.set()
+        raise
+
 # %% ../../nbs/search/09_scheduler.ipynb #602cd53f
 class Scheduler:
     "One process's work on a study: as many trials side by side as its devices allow."
@@ -29,7 +50,7 @@ class Scheduler:
     def run(self, show: Callable[[str], None]) -> optuna.Study:
         "Work on the study until it is complete."
         with ThreadPoolExecutor(len(self.plan.groups)) as pool:
-            futures = [pool.submit(self._work, group) for group in self.plan.groups]
+            futures = [pool.submit(run_trials, self.worker, group, self.deadline) for group in self.plan.groups]
             try:
                 self._watch(futures, show)
             finally:
@@ -49,22 +70,3 @@ class Scheduler:
                 sent = time.monotonic()
                 for trial_id in list(self.worker.running):
                     self.queue.heartbeat(trial_id)
-
-    def _work(self, devices: list[int]) -> None:
-        "Trials, one after the other, on these devices."
-        try:
-            while not self._is_over():
-                self.queue.requeue_stale()
-                row = self.queue.claim()
-                if row is not None:
-                    self.worker.run(row, devices)
-                elif all(row.state.is_finished() for row in self.queue.all()):
-                    return
-                else:
-                    self.worker.stop.wait(1)  # another worker's trial may have to be run again
-        except BaseException:
-            self.worker.stop.set()
-            raise
-
-    def _is_over(self) -> bool:
-        return self.worker.stop.is_set() or self.worker.exhausted or time.monotonic() > self.deadline

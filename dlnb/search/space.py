@@ -28,7 +28,7 @@ def distribution(
     name: str,  # for the error's sentence
     what: Any,  # a list of choices, or {"low", "high"} with "log" or "step"
 ) -> BaseDistribution:
-    "What a parameter is drawn from. Raises `ValueError` where that is none."
+    "The distribution of a parameter. Raises `ValueError` for a wrong one."
     field = f"search_space[{name!r}]"
     if isinstance(what, list | tuple):
         if not what or not all(isinstance(choice, Scalar) for choice in what):
@@ -52,7 +52,7 @@ def distribution(
 
 # %% ../../nbs/search/00_space.ipynb #e25cdbbd
 def _edges(what: BaseDistribution) -> list[Any]:
-    "The values that tell whether all of them are possible settings."
+    "The values that have to be possible settings: every choice, or both ends."
     return list(what.choices) if isinstance(what, CategoricalDistribution) else [what.low, what.high]
 
 
@@ -63,7 +63,7 @@ def read_space(
     given: Any,  # a dictionary, its JSON, the path of a function of the trial, or such a function
     config: RunConfig,  # the settings that it varies
 ) -> Space:
-    "The search space. Raises `ValueError` where a name is no setting, or where a value that can be drawn is impossible for it."
+    "The search space. Raises `ValueError` where a name is not a setting, or where a value that can be drawn is impossible for it."
     if isinstance(given, str) and re.fullmatch(r"[^{\n][^\n]*:\w+", given):
         given = load_function(given, "search_space")
     if callable(given):
@@ -98,13 +98,13 @@ def with_needed(space: Mapping[str, BaseDistribution], params: Mapping[str, Any]
 
 # %% ../../nbs/search/00_space.ipynb #2adb7ce4
 def check_drawn_names(space: Space, config: RunConfig) -> None:
-    "Raise `ValueError` where a function returns what is no setting to search, or what nothing reads."
+    "Raise `ValueError` where a function returns what is not a setting to search, or what nothing reads."
     if not callable(space):
         return
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         names = draw(space, optuna.create_study(sampler=optuna.samplers.RandomSampler()).ask())
-    except Exception:  # a trial may fail, and says so
+    except Exception:  # a trial that fails reports it
         return
     field = f"search_space={getattr(space, '__qualname__', space)}"
     for name in names:
@@ -145,7 +145,7 @@ def check_drawable(name: str, what: BaseDistribution, value: Any) -> None:
 
 # %% ../../nbs/search/00_space.ipynb #4bc2aa01
 def check_params(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
-    "A trial's parameters as settings. Raises `ValueError` for values that the space does not have; of a dictionary some may be left out."
+    "A trial's parameters as settings. Raises `ValueError` for values that the space does not have. Where the space is a dictionary, some may be left out."
     if callable(space):
         return _checked_call(space, params)
     for name, value in params.items():

@@ -27,7 +27,7 @@ NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs"
 
 
 class _JournalLock:
-    "A lock for `optuna.storages.journal.JournalFileBackend` that ends with its process, and mends the file."
+    "A lock for `optuna.storages.journal.JournalFileBackend` that ends with its process, and repairs the file."
 
     def __init__(self, path: Path):
         self.path, self.held = path, threading.local()
@@ -65,7 +65,7 @@ def open_storage(
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path)))
     remedy = "Use storage=None, a file in the study's folder, or a server such as postgresql://user@host/name."
     if not re.match(r"\w+(\+\w+)?://", storage):
-        raise ValueError(f"storage={storage!r} is no URL of a database. {remedy}")
+        raise ValueError(f"storage={storage!r} is not a URL of a database. {remedy}")
     if storage.startswith("sqlite"):
         path = Path(storage.partition("://")[2].removeprefix("/") or ":memory:")
         if str(path) == ":memory:":
@@ -81,7 +81,7 @@ def open_storage(
 
 # %% ../../nbs/search/02_storage.ipynb #36bbb1bf
 def _open_database(url: str) -> RDBStorage:
-    "With Optuna's tables, which several workers may be making at once: only one can, and the others find them made."
+    "With Optuna's tables, which several workers may create at once: only one can, and the others find them."
     for _ in range(4):
         with suppress(IntegrityError, ProgrammingError, OperationalError):
             return RDBStorage(url)

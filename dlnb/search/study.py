@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import Dictionary
 from ..errors import unknown
-from .space import Space
 
 # %% ../../nbs/search/01_study.ipynb #cc42be15
 def _named(kind: str, module: Any) -> dict[str, type]:
@@ -47,14 +45,14 @@ def _build(kind: str, classes: dict[str, type], name: str, arguments: Mapping[st
         raise ValueError(f"{kind}={name!r} with {kind}_args={dict(arguments)!r}: {error}") from None
 
 # %% ../../nbs/search/01_study.ipynb #6c1980e7
-class StudyConfig(BaseModel):
-    "The settings of a search, beside those of its trials. Raises `pydantic.ValidationError`, which is a `ValueError`."
+class StudySettings(BaseModel):
+    "The fields of `StudyConfig`."
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     search_space: Any  # {"lr": {"low": 1e-4, "high": 1e-2, "log": true}, "model_args.width": [8, 16]}; or "module:function" of the trial
     n_trials: int = Field(20, ge=1)  # in all, finished before or not
-    timeout: float | None = Field(None, gt=0)  # seconds, after which no trial begins
+    timeout: float | None = Field(None, gt=0)  # seconds, after which no trial starts
     trial_timeout: float | None = Field(None, gt=0)  # seconds, after which a trial has failed
     devices_per_trial: int | None = Field(None, ge=1)  # None for all of `devices`; fewer, and trials run side by side
     sampler: str = "TPESampler"  # a class of optuna.samplers
@@ -66,11 +64,6 @@ class StudyConfig(BaseModel):
     max_failures: int = Field(3, ge=1)  # trials that fail one after the other before the search stops
     keep_checkpoints: bool = False  # of the trials
 
-    @classmethod
-    def from_namespace(cls, namespace: Mapping[str, Any]) -> "StudyConfig":
-        "The settings out of a notebook's globals."
-        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
-
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
@@ -79,15 +72,21 @@ class StudyConfig(BaseModel):
                 raise ValueError(unknown("setting", name, cls.model_fields))
         return values
 
-    def build_sampler(self, seed: int, number: int, space: Space, side_by_side: bool) -> optuna.samplers.BaseSampler:
-        "The sampler for one trial. Its state is lost with its process, so each trial has its own, with a seed of its own."
-        choices = {}
-        if isinstance(space, dict) and all(isinstance(what, CategoricalDistribution) for what in space.values()):
-            choices = {"search_space": {name: list(what.choices) for name, what in space.items()}}
+# %% ../../nbs/search/01_study.ipynb #375530e3
+class StudyConfig(StudySettings):
+    "The settings of a search, beside those of its trials. Raises `pydantic.ValidationError`, which is a `ValueError`."
+
+    @classmethod
+    def from_namespace(cls, namespace: Mapping[str, Any]) -> "StudyConfig":
+        "The settings out of a notebook's globals."
+        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
+
+    def build_sampler(self, seed: int, number: int, side_by_side: bool) -> optuna.samplers.BaseSampler:
+        "The sampler for one trial. Its state is lost with its process, so each trial has its own, with another seed."
         arguments = dict(self.sampler_args)
         if (seed := arguments.pop("seed", seed)) is not None and self.sampler != "QMCSampler":  # that one counts trials itself
             seed += number
-        known = {"seed": seed, "constant_liar": side_by_side} | choices
+        known = {"seed": seed, "constant_liar": side_by_side}
         return _build("sampler", SAMPLERS, self.sampler, arguments, known)
 
     def build_pruner(self, max_epochs: int) -> optuna.pruners.BasePruner:

@@ -32,7 +32,7 @@ WORKER_STALE_AFTER = 2 * MISSED * HEARTBEAT_EVERY
 
 
 def trial_id(row: FrozenTrial) -> int:
-    "What the study's storage knows a trial by, whichever study it is of."
+    "The id of a trial in its storage, unique over all studies there."
     return row._trial_id
 
 
@@ -66,13 +66,28 @@ class StudyTrials:
                 connection.execute(attributes.where(column("study_id") == self.study_id).with_for_update()).all()
             yield
 
+# %% ../../nbs/search/03_trial_queue.ipynb #26444568
+class StaleWorkers:
+    "Finds the workers that have stopped, by their processes or their heartbeats."
+
+    def __init__(self) -> None:
+        self.silences: defaultdict[int, Unchanged] = defaultdict(Unchanged)  # of workers that cannot be seen from here
+
+    def has(self, row: FrozenTrial) -> bool:
+        "Whether a running trial's worker has died, or has sent no heartbeat since this process first looked."
+        worker = _worker(row)
+        if worker and worker.is_here:
+            return not worker.is_running
+        silence = self.silences[trial_id(row)].of((worker, row.user_attrs.get("alive")))
+        return silence > (WORKER_STALE_AFTER if worker else HEARTBEAT_EVERY)
+
 # %% ../../nbs/search/03_trial_queue.ipynb #3460f7af
 class TrialQueue(StudyTrials):
     "A study's trials, claimed by workers one at a time, and requeued from stale ones."
 
     def __init__(self, study_name: str, storage: BaseStorage, n_trials: int, folder: Path):
         super().__init__(study_name, storage, n_trials, folder)
-        self.silences: defaultdict[int, Unchanged] = defaultdict(Unchanged)  # of workers that cannot be seen from here
+        self.stale = StaleWorkers()
 
     def claim(self) -> FrozenTrial | None:
         "A waiting trial, or a new one, now this worker's; None where there is none."
@@ -105,16 +120,8 @@ class TrialQueue(StudyTrials):
         "Requeue the trials of stale workers."
         with self.locked():
             for row in self.all():
-                if row.state == TrialState.RUNNING and self.is_stale(row):
+                if row.state == TrialState.RUNNING and self.stale.has(row):
                     self.requeue(trial_id(row))
-
-    def is_stale(self, row: FrozenTrial) -> bool:
-        "Whether a running trial's worker has died, or has sent no heartbeat since this process first looked."
-        worker = _worker(row)
-        if worker and worker.is_here:
-            return not worker.is_running
-        silence = self.silences[trial_id(row)].of((worker, row.user_attrs.get("alive")))
-        return silence > (WORKER_STALE_AFTER if worker else HEARTBEAT_EVERY)
 
 # %% ../../nbs/search/03_trial_queue.ipynb #df990800
 class ExhaustibleStudy(optuna.study.Study):

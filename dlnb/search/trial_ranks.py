@@ -17,7 +17,7 @@ from ..session.processes import Died, RankProcesses
 from ..training.on_ranks import preloaded
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #998c50bd
-GRACE = 0.5  # seconds for the other ranks to tell of a failure too, after the first one has
+GRACE = 0.5  # seconds for the other ranks to report a failure too, after the first one has
 Report = Callable[[int, float], bool]  # takes the report's number and the monitored value; whether to prune
 
 
@@ -81,7 +81,7 @@ class TrialRanks:
 
     @property
     def failure(self) -> Outcome | None:
-        "The first one that was told."
+        "The first failure that was reported."
         return next((outcome for outcome in self.outcomes.values() if outcome.state == "failed"), None)
 
     def end(self) -> None:

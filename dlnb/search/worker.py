@@ -41,7 +41,7 @@ class TrialTraining:
 
     def __init__(self, plan: SearchPlan, trial: optuna.trial.Trial, known: Collection[int]):
         self.plan, self.trial = plan, trial
-        self.known = known  # the steps of reports that the study has from an attempt before
+        self.known = known  # the steps of reports that the study has from an earlier attempt
         self.values: list[float] = []
 
     def report(self, number: int, value: float) -> bool:
@@ -71,37 +71,15 @@ class TrialTraining:
             for name, value in throughput_columns(record).items():
                 self.trial.set_user_attr(name, value)
 
-# %% ../../nbs/search/08_worker.ipynb #2db8974b
-class Worker:
-    "Runs claimed trials, and writes their ends."
+# %% ../../nbs/search/08_worker.ipynb #90698a04
+class OutcomeWriter:
+    "Writes how trials have ended, and ends the search when too many fail one after the other."
 
     def __init__(self, plan: SearchPlan, queue: TrialQueue):
-        self.plan, self.queue = plan, queue
-        self.stop = threading.Event()  # ends the trials that run
-        self.running: set[int] = set()  # the trials' ids
-        self.exhausted, self.failed_in_a_row = False, 0
+        self.plan, self.queue, self.failed_in_a_row = plan, queue, 0
 
-    def load_study(self, number: int = 0) -> ExhaustibleStudy:
-        sampler, pruner = self.plan.build_sampler(number), self.plan.build_pruner()
-        return ExhaustibleStudy(self.plan.name, self.queue.storage, sampler=sampler, pruner=pruner)
-
-    def run(self, row: FrozenTrial, devices: list[int]) -> None:
-        self.running.add(trial_id(row))
-        study = self.load_study(row.number)
-        outcome = Outcome("stopped")
-        try:
-            training = TrialTraining(self.plan, optuna.trial.Trial(study, trial_id(row)), row.intermediate_values.keys())
-            outcome = training.run(devices, self.stop)
-            if outcome.state != "stopped":
-                self._tell(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
-        finally:
-            self.running.remove(trial_id(row))
-            if outcome.state == "stopped":
-                self.queue.requeue(trial_id(row))
-        self.exhausted = self.exhausted or study.exhausted
-
-    def _tell(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
-        "Write the trial's end, with the best value that was reported."
+    def write(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
+        "Write the trial's end, with the best value that was reported. Raises `TuningError` where no further trial should start."
         if outcome.state == "failed":
             training.trial.set_user_attr("error", outcome.error[-5000:])
             study.tell(training.trial, state=TrialState.FAIL)
@@ -121,3 +99,32 @@ class Worker:
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= self.plan.study.max_failures:
             raise TuningError(f"{self.failed_in_a_row} trials failed one after the other; the last, trial {number}: {outcome.error}")
+
+# %% ../../nbs/search/08_worker.ipynb #2db8974b
+class Worker:
+    "Runs claimed trials."
+
+    def __init__(self, plan: SearchPlan, queue: TrialQueue):
+        self.plan, self.queue, self.outcomes = plan, queue, OutcomeWriter(plan, queue)
+        self.stop = threading.Event()  # ends the trials that run
+        self.running: set[int] = set()  # the trials' ids
+        self.exhausted = False  # whether the sampler has nothing left to try
+
+    def load_study(self, number: int = 0) -> ExhaustibleStudy:
+        sampler, pruner = self.plan.build_sampler(number), self.plan.build_pruner()
+        return ExhaustibleStudy(self.plan.name, self.queue.storage, sampler=sampler, pruner=pruner)
+
+    def run(self, row: FrozenTrial, devices: list[int]) -> None:
+        self.running.add(trial_id(row))
+        study = self.load_study(row.number)
+        outcome = Outcome("stopped")
+        try:
+            training = TrialTraining(self.plan, optuna.trial.Trial(study, trial_id(row)), row.intermediate_values.keys())
+            outcome = training.run(devices, self.stop)
+            if outcome.state != "stopped":
+                self.outcomes.write(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
+        finally:
+            self.running.remove(trial_id(row))
+            if outcome.state == "stopped":
+                self.queue.requeue(trial_id(row))
+        self.exhausted = self.exhausted or study.exhausted

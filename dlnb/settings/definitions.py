@@ -20,7 +20,7 @@ def read_statements(
     texts: Iterable[str],  # of a module: its one text, or its cells
     docstrings: bool = False,  # keep them
 ) -> list[ast.stmt]:
-    "The statements of a module; none of a text that is no Python."
+    "The statements of a module. A text that is not Python has none."
     found: list[ast.stmt] = []
     for text in texts:
         try:
@@ -112,7 +112,7 @@ def _partly_assigned(statement: ast.stmt) -> set[str]:
 
 
 def _root(expression: ast.expr | None) -> str | None:
-    "The name that `x.a[0]` begins with."
+    "The name that `x.a[0]` starts with."
     while isinstance(expression, (ast.Attribute, ast.Subscript)):
         expression = expression.value
     return expression.id if isinstance(expression, ast.Name) else None

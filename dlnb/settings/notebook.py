@@ -26,14 +26,14 @@ _KEPT_MAGIC = re.compile(rf"\A\s*%%({'|'.join(_KEPT_MAGICS)})\b.*\n")
 def notebook_code(
     path: Path,
 ) -> tuple[str, bool]:  # as one text; whether it is of exported cells alone
-    "The code of a notebook: its exported cells, or where it has none, all of them. Raises `ValueError` where the file is no notebook."
+    "The code of a notebook: its exported cells, or where it has none, all of them. Raises `ValueError` where the file is not a notebook."
     import nbformat
     from IPython.core.inputtransformer2 import TransformerManager
 
     try:
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     except (OSError, AttributeError, KeyError, TypeError, ValueError, nbformat.ValidationError) as error:
-        raise ValueError(f"{str(path)!r} is no notebook that can be read: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a notebook that can be read: {error}") from error
     exported = [cell for cell in cells if _EXPORT.search(cell)]
     transform = TransformerManager().transform_cell
     texts = [transform(_KEPT_MAGIC.sub("", cell)) for cell in exported or cells]
@@ -55,7 +55,7 @@ class NotebookModule(ModuleType):
     "The definitions of a notebook. Without exported cells a name is defined when it is first read."
 
     def __init__(self, name: str, path: Path):
-        "Raises `ValueError` where the file is no notebook, and what an exported cell raises."
+        "Raises `ValueError` where the file is not a notebook, and what an exported cell raises."
         super().__init__(name)
         self.__file__, self._changed = str(path.resolve()), path.stat().st_mtime_ns
         self._text, is_exported = notebook_code(path)

@@ -38,7 +38,7 @@ def load_object(
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{field}={path!r} cannot be imported: {error}.") from error
     if not callable(found) or inspect.ismodule(found):
-        raise ValueError(f"{field}={path!r} is no class and no function.")
+        raise ValueError(f"{field}={path!r} is neither a class nor a function.")
     return found
 
 # %% ../../nbs/settings/07_objects.ipynb #383b7809
@@ -69,7 +69,7 @@ def read_spec(field: str, value: Mapping[str, Any]) -> Spec:
         return Spec(target, args, arguments, bool(is_partial), value.get("_recursive_", True))
     for key in value:
         if key not in ("class_path", "init_args", "dict_kwargs"):
-            raise ValueError(f"{field}: {unknown('key', key, ('class_path', 'init_args'))} Arguments belong into init_args.")
+            raise ValueError(f"{field}: {unknown('key', key, ('class_path', 'init_args'))} Arguments belong in init_args.")
     if "class_path" not in value:
         raise ValueError(f"{field}={dict(value)!r} must have the path of a class as 'class_path', and its arguments as 'init_args'.")
     arguments = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}

@@ -25,6 +25,10 @@ class Role:
     passed_to: tuple[Literal["model", "data", "optimizer", "trainer"], ...] = ()  # what takes it as an argument of this name
     needs: str | None = None  # another setting, without which nothing reads this one
 
+
+def _role_of(field: Any) -> Role:  # of pydantic's FieldInfo
+    return next((part for part in field.metadata if isinstance(part, Role)), Role())
+
 # %% ../../nbs/settings/06_roles.ipynb #50d41197
 class Settings(BaseModel):
     "Frozen settings whose fields have roles."
@@ -65,7 +69,3 @@ class Settings(BaseModel):
         name: str,  # of a setting
     ) -> bool:
         return getattr(self, name) == type(self).model_fields[name].default
-
-
-def _role_of(field: Any) -> Role:
-    return next((part for part in field.metadata if isinstance(part, Role)), Role())

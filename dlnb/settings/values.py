@@ -16,7 +16,7 @@ LARGEST = 2**53  # of integers: beyond it the readers of JSON disagree
 
 
 def check_value(field: str, value: Any, is_flag: bool) -> None:
-    "Raise `ValueError` for a value that a field's type accepts, and that nobody can mean."
+    "Raise `ValueError` for a value that a field's type accepts, and that is not meaningful."
     if isinstance(value, bool) and not is_flag:
         raise ValueError(f"{field}={value} must not be a truth value.")
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -40,5 +40,5 @@ def check_root(root: str) -> str:
         raise ValueError(f"root={root[:40]!r}... is too long: {LONGEST_ROOT} bytes at most, and {LONGEST_NAME} for each folder's name.")
     there = next(path for path in (place, *place.absolute().parents) if os.path.lexists(path))
     if not root.strip() or not there.is_dir():
-        raise ValueError(f"root={root!r} must be a folder, or the name of a new one, and {str(there)!r} is no folder.")
+        raise ValueError(f"root={root!r} must be a folder, or the name of a new one, and {str(there)!r} is not a folder.")
     return str(place) if root.startswith("~") else root

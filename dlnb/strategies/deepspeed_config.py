@@ -33,7 +33,7 @@ class Asked(dict):
         self.asked.add(str(key))
         return super().__contains__(key)
 
-    def __iter__(self) -> Iterator[str]:  # with one of its own, `**` takes each value by `[]`
+    def __iter__(self) -> Iterator[str]:  # where it is overridden, `**` takes each value by `[]`
         return super().__iter__()
 
 # %% ../../nbs/strategies/00_deepspeed_config.ipynb #323d9c9e
@@ -113,7 +113,7 @@ def check_keys(
         parsed = _parsed(keys)
     except ValidationError as error:
         raise ValueError(f"strategy_args: {_sentence(keys, error)}") from None
-    except Exception as error:  # DeepSpeed has no class of its own for all of them
+    except Exception as error:  # DeepSpeed has no common class for all of them
         raise ValueError(f"strategy_args: DeepSpeed does not take {dict(keys)}: {error}") from error
     for key, value in [*parsed.items()]:
         if key not in parsed.asked:
@@ -124,10 +124,10 @@ def check_keys(
 
 # %% ../../nbs/strategies/00_deepspeed_config.ipynb #d265834f
 def merged(
-    configuration: Mapping[str, Any],  # what the strategy's name stands for
+    configuration: Mapping[str, Any],  # of the strategy's name
     keys: Mapping[str, Any],  # nested, as the user gives them
 ) -> dict[str, Any]:
-    "A configuration with other keys over its own, dictionaries key by key."
+    "A configuration in which other keys replace its own, dictionaries key by key."
     together = dict(configuration)
     for key, value in keys.items():
         inner = together.get(key)

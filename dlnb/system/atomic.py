@@ -64,6 +64,22 @@ def write_json(
     with new_text_file(path) as file:
         json.dump(_without_nan(value), file, indent=1, allow_nan=False)
 
+# %% ../../nbs/system/02_atomic.ipynb #a45190c5
+def _lock(
+    path: Path,
+    descriptor: int,  # of that file, open
+) -> bool:
+    "Lock a file that was opened by its name; False where another process has it, or has renamed it meanwhile."
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a filesystem without locks
+            return True
+        raise
+
 # %% ../../nbs/system/02_atomic.ipynb #ea6cd783
 class NewFile:
     """A file that appears under its name complete, or not at all.
@@ -76,22 +92,11 @@ class NewFile:
         found = os.fstat(self.descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # it would be written through to somewhere else
             os.close(self.descriptor)
-            raise FileExistsError(errno.EEXIST, "It is in the way, and no file that was left here", str(self.temporary))
-        if not self._is_locked():
+            raise FileExistsError(errno.EEXIST, "It is in the way, and it is not a file that was left here", str(self.temporary))
+        if not _lock(self.temporary, self.descriptor):
             os.close(self.descriptor)
             raise FileExistsError(errno.EEXIST, "Another process is writing this file", str(path))
         os.ftruncate(self.descriptor, 0)
-
-    def _is_locked(self) -> bool:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.stat(self.temporary), os.fstat(self.descriptor))  # or it was renamed meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            return False
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a filesystem without locks
-                return True
-            raise
 
     def appear(self) -> None:
         "Give it its name; what had that name is replaced."
@@ -109,7 +114,7 @@ class NewFile:
 def new_files(
     *paths: Path,  # in one folder
 ) -> Iterator[list[NewFile]]:
-    "Files to fill, which appear in this order when the block ends well, and of which nothing stays when it does not."
+    "Files to fill, which appear in this order when the block ends well, and which are removed when it does not."
     with ExitStack() as stack:
         files = []
         for path in paths:

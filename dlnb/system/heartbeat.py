@@ -17,11 +17,11 @@ from typing import Any
 # %% ../../nbs/system/05_heartbeat.ipynb #cfcc4fda
 HEARTBEAT_EVERY = 5.0  # seconds between two heartbeats of a run
 MISSED = 3  # heartbeats in a row that a live process does not miss
-STALE_AFTER = MISSED * HEARTBEAT_EVERY + 1.0  # seconds without one, after which a process of another machine is taken for dead
+STALE_AFTER = MISSED * HEARTBEAT_EVERY + 1.0  # seconds without one, after which a process of another machine counts as dead
 
 
 class Unchanged:
-    "For how long what is looked at has not changed."
+    "For how long an observed value has not changed."
 
     def __init__(self) -> None:
         self.value, self.since = object(), 0.0
@@ -79,4 +79,4 @@ def touching(
         yield
     finally:
         stopped.set()
-        thread.join()  # a descriptor's number is given again
+        thread.join()  # a descriptor's number is used again

@@ -45,7 +45,7 @@ def open_lock(
     path: Path,
     flags: int = os.O_CREAT,  # or os.O_CREAT | os.O_EXCL for a new file only, or 0 for one that is there
 ) -> int:  # a descriptor
-    "Open a file to lock it. Raises `ValueError` for a link, and for anything else that is no file of its own."
+    "Open a file to lock it. Raises `ValueError` for a link, and for anything else that is not a plain file with one name."
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
     except OSError as error:
@@ -56,11 +56,11 @@ def open_lock(
         if stat.S_ISREG(status.st_mode) and status.st_nlink < 2:
             return descriptor
         os.close(descriptor)
-    raise ValueError(f"{path} must be a plain file with one name, and is not: it is none of dlnb's. Remove it.")
+    raise ValueError(f"{path} must be a plain file with one name, and is not: dlnb did not make it. Remove it.")
 
 # %% ../../nbs/system/06_lock.ipynb #8c214fcf
 def _lock(descriptor: int) -> bool:
-    "Lock an open file; False where another one has. Where the filesystem has no locks everybody gets it."
+    "Lock an open file; False where another process has. On a filesystem without locks everybody gets it."
     try:
         if sys.platform == "linux":
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
@@ -74,7 +74,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_locked(descriptor: int) -> bool:
-    "Whether another one has locked the file. Where the system can answer, asking takes nothing."
+    "Whether another process has locked the file. Where the system can answer, no lock is taken for that."
     if sys.platform != "linux":
         return not _lock(descriptor)
     try:
@@ -88,7 +88,7 @@ def _is_locked(descriptor: int) -> bool:
 # %% ../../nbs/system/06_lock.ipynb #069f967a
 @dataclass(frozen=True)
 class Holder:
-    "Who holds a lock, as its file says; without values, somebody."
+    "Who holds a lock, according to its file; without values, an unknown process."
 
     process: Process = Process()
     since: str = ""  # UTC
@@ -122,7 +122,7 @@ def _read(descriptor: int) -> Holder:
         values = json.loads(os.pread(descriptor, 8192, 0))
         host, machine, since, folder = (str(values[name]) for name in ("host", "machine", "since", "folder"))
         return Holder(Process(host, machine, int(values["pid"]), float(values["began"])), since, folder)
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # truncated, or none of dlnb's
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # truncated, or not written by dlnb
         return Holder()
 
 # %% ../../nbs/system/06_lock.ipynb #e70f2fa2
@@ -147,7 +147,7 @@ def find_holder(
 
 # %% ../../nbs/system/06_lock.ipynb #41e3f401
 def _may_live(holder: Holder, folder: Path, stale_after: float) -> bool:
-    "Whether who has signed a file whose lock looks free may hold it. Waits where that cannot be seen."
+    "Whether the process that has signed a file may hold it, although its lock looks free. Waits where that cannot be seen."
     if holder.process == Process.this():
         return list(_open_files.values()).count(folder / LOCK) > 1  # this try is one of them
     if holder.process.is_here:
@@ -203,7 +203,7 @@ def _close(descriptor: int) -> None:
 
 # %% ../../nbs/system/06_lock.ipynb #36003d47
 def _acquire(folder: Path, refusal: str, remedy: str, stale_after: float) -> int:
-    "The descriptor of the lock's file. Raises `ValueError`, which begins with the refusal, where another process has it."
+    "The descriptor of the lock's file. Raises `ValueError`, which starts with the refusal, where another process has it."
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -225,7 +225,7 @@ def _acquire(folder: Path, refusal: str, remedy: str, stale_after: float) -> int
 
 # %% ../../nbs/system/06_lock.ipynb #b067c6f5
 def _release(folder: Path, descriptor: int) -> None:
-    "Remove the lock's file, and give the lock back; not in a process that the holder has forked."
+    "Remove the lock's file, and release the lock; not in a process that the holder has forked."
     if descriptor in _open_files:
         with suppress(OSError):
             _check_name(folder / LOCK, descriptor)
@@ -236,7 +236,7 @@ def _release(folder: Path, descriptor: int) -> None:
 @contextmanager
 def hold(
     folder: str | Path,  # made where it is missing
-    what: str = "used",  # what the holder does to it, for the sentence of those who are refused
+    what: str = "used",  # what the holder does to it, for the error of those who are refused
     remedy: str = "Wait for it, or end it.",
     heartbeat_every: float = HEARTBEAT_EVERY,  # seconds between two heartbeats
     stale_after: float = STALE_AFTER,  # seconds to wait for one of a process that cannot be seen
@@ -272,12 +272,12 @@ def check_free(
 
 
 class Watch:
-    "An eye on a folder's holder, for one that waits for its end."
+    "Watches a folder's holder, for a process that waits for its end."
 
     def __init__(
         self,
         folder: str | Path,
-        seconds: float = STALE_AFTER,  # without a heartbeat, after which one of another machine is taken for dead
+        seconds: float = STALE_AFTER,  # without a heartbeat, after which one of another machine counts as dead
     ):
         self.folder, self.seconds, self.silence = Path(folder), seconds, Unchanged()
 

@@ -46,7 +46,7 @@ def signal_group(
     group: int,  # a process group's id
     number: int,  # a signal
 ) -> None:
-    "Send a signal to all processes of a group; one that is gone already is no error."
+    "Send a signal to all processes of a group; one that is gone already is not an error."
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS says the latter of zombies

@@ -22,7 +22,7 @@ PATIENCE = 5.0  # seconds for an answer
 
 
 def status_of(address: str) -> int | None:
-    "The HTTP status that a stranger is answered; None without an answer."
+    "The HTTP status of a request without a token; None without an answer."
     try:
         with build_opener(ProxyHandler({})).open(address, timeout=PATIENCE) as answer:  # loopback goes through no proxy
             return answer.status
@@ -47,13 +47,13 @@ def addresses_of(process: psutil.Process) -> list[str]:
 def is_guarded(
     answers: Iterable[set[int | None]],  # of each address, for each path at which the server may be
 ) -> bool:
-    "Whether a stranger was refused, and nowhere let in. A path that is not the server's has no kernels either."
+    "Whether requests without a token were refused, and none was accepted. A path that is not the server's has no kernels either."
     told = [codes - {None} for codes in answers if codes - {None}]
     return bool(told) and all(codes & {401, 403} for codes in told)
 
 
 def asks_for_a_token() -> bool:
-    "Whether the server that has started this kernel answers none but those whom it knows."
+    "Whether the server that has started this kernel requires a token."
     bases = {os.environ.get(name, "/").strip("/") for name in ("VOILA_SERVER_URL", "VOILA_BASE_URL")}
     with suppress(psutil.Error):
         for parent in psutil.Process().parents():  # a kernel may be started by a script

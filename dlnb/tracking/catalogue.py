@@ -36,7 +36,7 @@ def _record_folders(folder: Path, level: int = 0) -> Iterator[Path]:
         with os.scandir(folder) as entries:
             inside = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         if level > MOST_FOLDERS:
-            raise OSError(0, f"more than {MOST_FOLDERS} folders lie in one another there")
+            raise OSError(0, f"more than {MOST_FOLDERS} folders are nested there")
     except OSError as error:  # not readable, or removed just now
         return _left_out(folder, error.strerror)
     is_run = "run.json" in inside
@@ -45,7 +45,7 @@ def _record_folders(folder: Path, level: int = 0) -> Iterator[Path]:
     if is_run:
         below = list(below)
         if below and not inside.keys() & {*OF_A_RUN, "metrics.csv", "metrics.json"}:
-            _left_out(folder / "run.json", "other runs lie below it, and nothing else of a run beside it.")
+            _left_out(folder / "run.json", "other runs are below it, and nothing else of a run is beside it.")
         else:
             yield folder
     yield from below
@@ -56,13 +56,13 @@ def find_records(
 ) -> list[tuple[RunRecord, dict[str, dict[str, Any]]]]:  # each record, and what it holds by column
     "All records below a folder. A broken one gives a warning and is left out. Raises `ValueError` where there is no such folder."
     if not os.path.isdir(root):
-        raise ValueError(f"root={str(root)!r} is no folder (looked in {Path.cwd()}).")
+        raise ValueError(f"root={str(root)!r} is not a folder (looked in {Path.cwd()}).")
     found = []
     for folder in _record_folders(Path(root)):
         try:
             record = RunRecord.read(folder)
             found.append((record, record_columns(record)))
-        except Exception as error:  # whatever it is, it is that record's
+        except Exception as error:  # a mistake in that record
             _left_out(folder, error)
     return found
 
@@ -77,7 +77,7 @@ def record_columns(record: RunRecord) -> dict[str, dict[str, Any]]:
     "A record's plain values in groups, the catalogue's own under ''. Raises `ValueError` for a value of a wrong kind."
     plain = {name: value for name, value in record.settings.items() if not isinstance(value, NESTED)}
     own = _own_columns(record, plain)
-    own["run"].encode()  # raises where the folder's name is no Unicode
+    own["run"].encode()  # raises where the folder's name is not Unicode
     parts = {"": own, "metrics": record.metrics, "settings": plain, "throughput": throughput_columns(record)}
     for group in ("model_args", "data_args"):
         values = _setting(record, group, dict, {})
@@ -114,7 +114,7 @@ def throughput_columns(record: RunRecord) -> dict[str, Any]:
 
 def _setting(record: RunRecord, name: str, kind: type, default: Any) -> Any:
     if not isinstance(value := record.settings.get(name, default), kind):
-        raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is no {kind.__name__}.")
+        raise ValueError(f"{record.path} is damaged: settings.{name} is {str(value)[:80]}, which is not of type {kind.__name__}.")
     return value
 
 # %% ../../nbs/tracking/07_catalogue.ipynb #173a68b8

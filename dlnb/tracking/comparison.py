@@ -48,7 +48,7 @@ def best(
     kinds = table[["task", "monitor", "monitor_mode"]].drop_duplicates()
     if len(kinds) > 1:
         several = "; ".join(" ".join(map(str, kind)) for kind in kinds.values)
-        raise ValueError(f"These runs cannot be compared, for they are of several kinds: {several}. Choose one in where.")
+        raise ValueError(f"These runs cannot be compared, because they are of several kinds: {several}. Choose one in where.")
     scores = table["best_score"] if kinds["monitor_mode"].item() == "min" else -table["best_score"]
     return Path(table.loc[scores.idxmin(), "run"])
 
@@ -108,12 +108,12 @@ def _unneeded(record: RunRecord) -> list[tuple[Path, float]]:
     if not name or not place.is_dir():  # which one is needed is not known
         return []
     if place.is_symlink():
-        raise ValueError("its checkpoints are in another place, to which a link leads.")
+        raise ValueError("its checkpoints are in another place: a link leads there.")
     if holder := find_holder(record.folder):  # which is about to continue it
         raise ValueError(f"it is in use by {holder}.")
     paths, kept = sorted(place.glob("*.ckpt")), record.folder / name
     if kept not in paths or not kept.exists():
-        raise ValueError(f"its record names {name!r}, which is none of its checkpoints.")
+        raise ValueError(f"its record names {name!r}, which is not one of its checkpoints.")
     others = [path for path in paths if path != kept and not (kept.is_symlink() and path.exists() and path.samefile(kept))]
     return [(path, _size(path, kept)) for path in others]
 

@@ -46,7 +46,7 @@ def _complete_lines(path: Path) -> str:
 def curve_of(folder: Path, metrics: Any, name: str, file: str = "metrics.csv") -> Any:
     "A metric where it was logged, by step. Raises `ValueError` where it holds text."
     if metrics[name].dtype.kind not in "fiub":
-        raise ValueError(f"{Path(folder) / file} is damaged: {name} holds what is no number.")
+        raise ValueError(f"{Path(folder) / file} is damaged: {name} holds what is not a number.")
     return metrics[["step", name]].dropna()
 
 # %% ../../nbs/tracking/05_curves.ipynb #1063e4ba

@@ -15,7 +15,7 @@ from ..system.atomic import new_text_file
 from .sources import needed_source
 
 # %% ../../nbs/tracking/10_kept_source.ipynb #c3bebe28
-NOTEBOOK = "__main__:"  # what the paths of the running notebook's classes begin with
+NOTEBOOK = "__main__:"  # what the paths of the running notebook's classes start with
 _PLACES = ("model", "data", "model_args", "data_args", "collate_fn", "data_sampler", "callbacks", "logger")
 
 

@@ -51,7 +51,7 @@ def is_own(
 # %% ../../nbs/tracking/02_sources.ipynb #89e39d43
 def module_texts(
     module: str,
-) -> list[str]:  # of the running notebook its executed cells, in order; of a file its one text; empty where there is neither
+) -> list[str]:  # the executed cells of the running notebook, in order, or the one text of a file; empty where there is neither
     "The source of a module."
     if isinstance(sys.modules.get(module), NotebookModule):
         return [sys.modules[module].source()]

@@ -41,7 +41,7 @@ def build_model(config: RunConfig) -> LightningModule:
     with naming_place("model", config.model, arguments):
         model = config.model_class(**arguments)
     if not isinstance(model, LightningModule):
-        raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is no LightningModule.")
+        raise ValueError(f"model={config.model!r} has made a {type(model).__qualname__}, which is not a LightningModule.")
     return remember(provide_optimizers(model, **config.model_dump(include={*config.passed_to("optimizer")})), described(config, "model"))
 
 
@@ -60,7 +60,7 @@ def _build_data(config: RunConfig) -> LightningDataModule:
         data = config.data_class(**arguments)
     if not isinstance(data, LightningDataModule):
         raise ValueError(
-            f"data={config.data!r} takes no split=, and has made a {type(data).__qualname__}, which is no LightningDataModule."
+            f"data={config.data!r} takes no split=, and has made a {type(data).__qualname__}, which is not a LightningDataModule."
         )
     return data
 
@@ -110,7 +110,7 @@ def _check_class(config: RunConfig, part: str, value: Any) -> None:
 
 @contextmanager
 def meanings_kept(*objects: Any) -> Iterator[None]:
-    "Let objects mean after the training what they meant before: the cell that passes them again finds their run."
+    "Keep the meaning that objects had before the training: the cell that passes them again finds their run."
     meanings = [(value, Fingerprint(value).meaning) for value in objects if value is not None]
     try:
         yield

@@ -18,7 +18,7 @@ from ..tracking.record import RunRecord
 
 # %% ../../nbs/training/04_process_group.ipynb #1ed06c3d
 def leave_old_store() -> None:
-    "Have the ranks of a restart meet in a store of their own: torch 2.13 reads the last attempt's addresses from the old one."
+    "Have the ranks of a restart use a new store: torch 2.13 reads the last attempt's addresses from the old one."
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if attempt == 0 or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
         return

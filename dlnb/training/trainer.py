@@ -55,6 +55,29 @@ def checkpoint_callbacks(
         callbacks.append(AtomicCheckpoint(save_top_k=0, every_n_train_steps=config.save_every_n_steps, **shared))
     return callbacks
 
+# %% ../../nbs/training/03_trainer.ipynb #d39474b9
+def _chosen(config: RunConfig) -> list[Callback]:
+    "The callbacks that a run has by its settings."
+    callbacks: list[Callback] = [CheckLoss(config.terminate_on_nan, config.log_every_n_steps)]
+    if config.monitor:
+        callbacks.append(CheckMonitor(config.monitor, config.is_default("monitor")))
+    if config.torch_compile:
+        callbacks.append(TorchCompile(config.torch_compile))
+    if config.activation_checkpointing:
+        callbacks.append(ActivationCheckpointing(config.activation_checkpointing))
+    if config.patience is not None:
+        callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
+    return callbacks
+
+
+def _loggers(config: RunConfig, record: RunRecord, group: str | None) -> list[Any]:
+    "For metrics.csv, for W&B where it is used, and what `logger` names."
+    metrics = MetricsLogger(record.folder, save_every_n_steps=config.log_every_n_steps)
+    settings = config.resolved
+    tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
+    online = wandb_logger(record, config.project(record.mode), tags, group or config.hash)
+    return [metrics, *([] if online is None else [online]), *_more_loggers(config, record.folder)]
+
 # %% ../../nbs/training/03_trainer.ipynb #8078e9cd
 def build_trainer(
     plan: RunPlan,  # the folder of its record takes the checkpoints and the metrics
@@ -68,24 +91,12 @@ def build_trainer(
     given = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
     recorder, own = RunRecorder(record, config), [*given, *more]
     callbacks: list[Callback] = [_measuring(own, record), CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
-    callbacks.append(LearningRateMonitor("step"))
-    callbacks.append(CheckLoss(config.terminate_on_nan, config.log_every_n_steps))
-    if config.monitor:
-        callbacks.append(CheckMonitor(config.monitor, config.is_default("monitor")))
-    if config.torch_compile:
-        callbacks.append(TorchCompile(config.torch_compile))
-    if config.activation_checkpointing:
-        callbacks.append(ActivationCheckpointing(config.activation_checkpointing))
-    if config.patience is not None:
-        callbacks.append(EarlyStopping(config.monitor, config.min_delta, config.patience, mode=config.monitor_mode))
-    metrics = MetricsLogger(folder, save_every_n_steps=config.log_every_n_steps)
-    tags = [settings.strategy, settings.precision, *(["tuned"] if config.best_params else []), *config.tags]
-    online = wandb_logger(record, config.project(record.mode), tags, group or config.hash)
+    callbacks += [LearningRateMonitor("step"), *_chosen(config)]
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in config.passed_to("trainer")}
     arguments |= {
         "accumulate_grad_batches": plan.accumulate_grad_batches,
         "gradient_clip_algorithm": settings.gradient_clip_algorithm if settings.gradient_clip_val else None,
-        "logger": [metrics, *([] if online is None else [online]), *_more_loggers(config, folder)],
+        "logger": _loggers(config, record, group),
         "enable_autolog_hparams": False,  # the record holds the settings
         "enable_checkpointing": checkpoints,
     }
@@ -97,7 +108,7 @@ def build_trainer(
 
 # %% ../../nbs/training/03_trainer.ipynb #5107386f
 def _resuming(plan: RunPlan) -> list[Callback]:
-    "What has the Trainer begin at the plan's start. Of the other ranks' plans nothing is used: they follow rank 0's."
+    "Callbacks that start the Trainer at the plan's start. The other ranks' plans are not used: they follow rank 0's."
     start = plan.start
     if start is None:
         return [ContinueFrom(None), CheckLengths(None)]
@@ -179,7 +190,7 @@ def quiet_lightning():
             ".*treespec, LeafSpec.*",  # Lightning's own call of torch
             ".*`srun` command is available.*",  # under the engine, ranks are started by papermill
             ".*each worker will save a shard.*",  # and dlnb makes one file of them
-            ".*AccumulateGrad node's stream does not match.*",  # Lightning wraps a model for DDP on a stream of its own
+            ".*AccumulateGrad node's stream does not match.*",  # Lightning wraps a model for DDP on a separate stream
             ".*using the device under current context.*",  # a barrier, once the device is set
         ):
             warnings.filterwarnings("ignore", message=noise)

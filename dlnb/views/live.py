@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,12 +23,25 @@ if TYPE_CHECKING:
     from dlnb.views.training_card import TrainingCard
 
 # %% ../../nbs/views/02_live.ipynb #857d92ab
-SHARE = 50  # the time between two looks, in that of one look
-BEGINS = 0.1  # seconds between two looks until the training has begun, at least
+SHARE = 50  # the time between two looks, as a multiple of the time of one look
+BEGINS = 0.1  # seconds between two looks until the training has started, at least
 
 
+def _card_of(
+    folder: Path,  # the run's
+    interval: float,  # seconds between two looks
+    pids: Sequence[int],  # of the ranks
+) -> "TrainingCard | None":
+    "The card of a training that runs; None where it has not started."
+    if not (folder / "run.json").exists() or RunRecord.read(folder).state != "running":
+        return None
+    from dlnb.views.training_card import TrainingCard
+
+    return TrainingCard(folder, interval, pids)
+
+# %% ../../nbs/views/02_live.ipynb #679c21f1
 class LiveCard:
-    "A training's card, displayed when it has begun."
+    "A training's card, displayed when it has started."
 
     def __init__(
         self,
@@ -58,13 +72,11 @@ class LiveCard:
     def update(self, pids: Sequence[int]) -> None:
         if self.card is not None:
             self.card.look()
-        elif (self.folder / "run.json").exists() and RunRecord.read(self.folder).state == "running":
+        elif (card := _card_of(self.folder, self.interval, pids)) is not None:
             from IPython.display import display
 
-            from dlnb.views.training_card import TrainingCard
-
-            self.card = TrainingCard(self.folder, self.interval, pids)
-            display(self.card)
+            self.card = card
+            display(card)
 
     def end(self) -> None:
         "Show where the training has ended."
@@ -88,7 +100,7 @@ class ShowCard(Callback):
 # %% ../../nbs/views/02_live.ipynb #31ab833b
 @contextmanager
 def live_card(record: RunRecord) -> Iterator[LiveCard | None]:
-    "The card of a training that begins now; None where nobody watches."
+    "The card of a training that starts now; None where nobody watches."
     if is_batch():
         yield None
         return

@@ -27,12 +27,12 @@ class Parameter(NamedTuple):
     default: Any  # None where it is computed
     source: str  # of the default
     help: str  # the comment beside it
-    group: str  # the last comment on a line of its own
+    group: str  # the last comment on a separate line
     is_computed: bool
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    "The comments of a cell by their lines: those beside code, and those at a line's beginning."
+    "The comments of a cell by their lines: those beside code, and those at the start of a line."
     beside: dict[int, str] = {}
     alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -170,7 +170,7 @@ class ParameterField(Field):
     ):
         super().__init__(_control(parameter, choices(parameter)))
         self.parameter, self.is_checked = parameter, is_checked
-        self.panel.layout.flex = "0 0 auto"  # the comment beside it takes no room away
+        self.panel.layout.flex = "0 0 auto"  # the comment beside it takes no space from it
         self.row = widgets.HBox([self.panel, widgets.HTML(f'<span style="opacity:.7">{as_html(parameter.help)}</span>')])
 
     @property
@@ -179,12 +179,12 @@ class ParameterField(Field):
         return self.parameter.is_computed and not self.control.value.strip()
 
     def read(self) -> Any:
-        "The value. Raises `ValueError` for what is none."
+        "The value. Raises `ValueError` for a wrong one."
         value, default = self.control.value, self.parameter.default
         return value if isinstance(default, bool) else parse(value, default, self.is_checked)
 
     def set(self, value: Any) -> None:
-        "Enter a value. Raises `ValueError` where it is none of the choices."
+        "Enter a value. Raises `ValueError` where it is not one of the choices."
         try:
             text = "None" if value is None and self.parameter.default is not None else text_of(value)
             self.control.value = value if isinstance(self.parameter.default, bool) else text

@@ -32,7 +32,7 @@ STYLES = {"running": "info", "finished": "success", "failed": "danger"}
 def progress_of(
     described: str,  # as `Job.describe` returns it
 ) -> tuple[int, int]:  # how many of how many
-    "How far a job is: epochs, where its output tells them last, and else cells."
+    "How far a job is: epochs, where its output has them, and otherwise cells."
     found = EPOCH.findall(described) or CELL.findall(described) or [("0", "1")]
     done, total = map(int, found[-1])
     return min(done, total), max(total, 1)
@@ -58,7 +58,7 @@ class Curves:
         if state == self.known:
             return
         self.known, content = state, b""
-        with suppress(ValueError, OSError):  # nothing is logged yet, or a name is no text for matplotlib
+        with suppress(ValueError, OSError):  # nothing is logged yet, or matplotlib cannot draw a name
             content = png(plot_metrics(run)) if state else b""
         show(self.picture, content)
 
@@ -138,7 +138,7 @@ FOUND = 50  # notebooks that are offered
 def notebooks_below(
     folder: Path,
 ) -> list[str]:
-    "Notebooks to choose from, workflows first, of them train; those of runs and in hidden folders are left out."
+    "Notebooks to choose from, workflows first, and among them train; those of runs and in hidden folders are left out."
     found: list[Path] = []
     for path in sorted(folder.glob("*.ipynb")) + sorted(folder.glob("[!._]*/*.ipynb")) + sorted(folder.glob("[!._]*/[!._]*/*.ipynb")):
         with suppress(OSError, UnicodeDecodeError):
@@ -166,14 +166,14 @@ def read_form(
     path: str,
     changed: Callable[[], None],
 ) -> Form:
-    "The form of a notebook. Raises `ValueError` for a file that is none, or whose parameters cannot be read."
+    "The form of a notebook. Raises `ValueError` for a file that is not a notebook, or whose parameters cannot be read."
     from papermill.iorw import load_notebook_node
 
     try:
         return Form(load_notebook_node(path), changed)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # nbformat's and Python's parsers have many
+    except Exception as error:  # nbformat's and Python's parsers raise many kinds
         raise ValueError(f"{path} cannot be read as a notebook with parameters: {error}") from error
 
 # %% ../../nbs/widgets/04_launcher.ipynb #cae33d1d
@@ -234,7 +234,7 @@ class _LauncherJobs(_Launcher):
         self.jobs.value = chosen
 
     def begin(self, notebook: str | Path | None, values: Mapping[str, Any]) -> None:
-        "Open the first notebook and enter the values. What the code says is checked here, what the page says at its field."
+        "Open the first notebook and enter the values. Wrong names in code raise; wrong values on the page are reported at their fields."
         if notebook:
             read_form(str(notebook), lambda: None)
         self.open()
@@ -261,10 +261,10 @@ class Launcher(_LauncherJobs):
 
     def __init__(
         self,
-        notebook: str | Path | None = None,  # to begin with; None for the first one with parameters in the working directory or below
+        notebook: str | Path | None = None,  # to start with; None for the first one with parameters in the working directory or below
         root: str | Path | None = None,  # of the runs and the jobs, to which the form's `root` is set; None: as the notebook says
         within: Collection[str | Path] = (),  # folders whose notebooks the page may open too
-        **values,  # of parameters, to begin with
+        **values,  # of parameters, to start with
     ):
         check_served()
         self.root, self.started, found = root, {}, notebooks_below(Path())

@@ -54,8 +54,9 @@ class RunList:
 
 # %% ../../nbs/widgets/00_run_table.ipynb #08985591
 PAGE = 20  # rows
+COLUMNS = ["status", "started", "epoch", "step", "best_score", "batch_size", "lr"]  # the name has the task, the mode and the strategy
 _HEIGHT = f"{ROW}px"
-_OWN = ("run",)  # the first column is made of it
+_OWN = ("run",)  # shown as the first column
 
 
 def run_html(runs: RunList, run: str) -> Html:
@@ -141,9 +142,6 @@ class _Choice:
         self.is_quiet = False
 
 # %% ../../nbs/widgets/00_run_table.ipynb #f20e330b
-COLUMNS = ["status", "started", "epoch", "step", "best_score", "batch_size", "lr"]  # the name tells the task, the mode and the strategy
-
-
 class RunTable:
     "The list with its fields."
 

@@ -47,7 +47,7 @@ from dlnb.views.view import (
 
 # %% ../../nbs/widgets/02_study.ipynb #212fc62d
 def summary_rows(search: ReopenedSearch) -> list[tuple[str, Any]]:
-    "What one wants to know first of a search."
+    "The main facts of a search."
     trials, record = search.study.get_trials(deepcopy=False), search.record
     counts = Counter(trial.state.name.lower() for trial in trials)
     ended = sum(trial.state.is_finished() for trial in trials)
@@ -89,12 +89,35 @@ def drawn(study: Any, name: str) -> tuple[bytes, str]:
     "A picture, or why there is none."
     try:
         return png(plot_study(study, [name])[0]), ""
-    except Exception as error:  # whatever Optuna and matplotlib say
+    except Exception as error:  # of Optuna or matplotlib
         return b"", fault(f"This picture cannot be drawn. {type(error).__name__}: {error}")
+
+# %% ../../nbs/widgets/02_study.ipynb #b8365346
+SHOWN = 20  # trials of a page
+
+
+class _Trials:
+    "The trials of the study, a page at a time."
+
+    def __init__(self, study: Any):
+        self.study, self.rows = study, widgets.HTML(layout=widgets.Layout(overflow="auto"))
+        self.page = widgets.BoundedIntText(value=1, min=1, max=1, description="page", layout=widgets.Layout(width="140px"))
+        self.panel = widgets.VBox([self.rows, self.page])
+        self.page.observe(lambda change: self.show(), "value")
+
+    def update(self) -> None:
+        self.page.max = max(1, -(-len(self.study.get_trials(deepcopy=False)) // SHOWN))
+        self.show()
+
+    def show(self) -> None:
+        self.rows.value = self.html(self.page.value)
+
+    def html(self, page: int = 1) -> Html:
+        return frame_html(trials_table(self.study).iloc[(page - 1) * SHOWN : page * SHOWN])
 
 # %% ../../nbs/widgets/02_study.ipynb #e8f5357e
 def _control(name: str, what: BaseDistribution) -> widgets.Widget:
-    "Choices, or a number as text: a number field would change a wrong one without a word."
+    "Choices, or a number as text: a number field would change a wrong one without a message."
     style: dict[str, Any] = {"description": name, "style": {"description_width": "160px"}, "layout": widgets.Layout(width="420px")}
     if isinstance(what, CategoricalDistribution):
         return widgets.Dropdown(options=[("", ()), *((as_text(choice) or repr(choice), (choice,)) for choice in what.choices)], **style)
@@ -199,9 +222,6 @@ class _Training:
             self.result.value = record._repr_mimebundle_()["text/html"]
 
 # %% ../../nbs/widgets/02_study.ipynb #d9949314
-SHOWN = 20  # trials of a table
-
-
 class _StudyView(View):
     "A search, read again."
 
@@ -227,15 +247,11 @@ class _StudyView(View):
     def update(self) -> None:
         raise NotImplementedError
 
-    def trials(self, first: int = 0) -> Html:
-        table = trials_table(self.search.study)
-        return frame_html(table.iloc[first : first + SHOWN])
-
 # %% ../../nbs/widgets/02_study.ipynb #0066aa18
 class Study(_StudyView):
     """A search while it runs, or afterwards.
 
-    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is no search's,
+    Where no front end shows it, it leaves its pictures and its best trials. Raises `ValueError` where the folder is not a search's,
     and `PermissionError` where Voila serves it without a token.
     """
 
@@ -247,14 +263,11 @@ class Study(_StudyView):
     ):
         check_served()
         self.search = reopen(folder, storage)
-        self.summary, self.rows = widgets.HTML(), widgets.HTML(layout=widgets.Layout(overflow="auto"))
-        self.page = widgets.BoundedIntText(value=1, min=1, max=1, description="page", layout=widgets.Layout(width="140px"))
-        self.pictures, self.enqueue, self.training = _Pictures(self.search), _Enqueue(self), _Training(self)
-        table = widgets.VBox([self.rows, self.page])
-        parts = {"Pictures": self.pictures.panel, "Trials": table, "Your own trial": self.enqueue.panel, "Train": self.training.panel}
-        self.again = widgets.Button(description="Read again", icon="refresh")
-        self.panel = widgets.VBox([self.summary, self.again, widgets.Tab(list(parts.values()), titles=list(parts))])
-        self.page.observe(lambda change: self.show_trials(), "value")
+        self.summary, self.again = widgets.HTML(), widgets.Button(description="Read again", icon="refresh")
+        self.pictures, self.trials = _Pictures(self.search), _Trials(self.search.study)
+        self.enqueue, self.training = _Enqueue(self), _Training(self)
+        parts: dict[str, Any] = {"Pictures": self.pictures, "Trials": self.trials, "Your own trial": self.enqueue, "Train": self.training}
+        self.panel = widgets.VBox([self.summary, self.again, widgets.Tab([part.panel for part in parts.values()], titles=list(parts))])
         self.again.on_click(lambda button: self.read_again())
         self.watch = Watch(self.look, every)
         self.look()
@@ -267,18 +280,13 @@ class Study(_StudyView):
     def update(self) -> None:
         "Show the search as it is now."
         self.summary.value = table_html([], summary_rows(self.search), headed=True)
-        self.page.max = max(1, -(-len(self.search.study.get_trials(deepcopy=False)) // SHOWN))
-        self.show_trials()
-        self.pictures.update()
-        self.training.update()
-
-    def show_trials(self) -> None:
-        self.rows.value = self.trials((self.page.value - 1) * SHOWN)
+        for part in (self.trials, self.pictures, self.training):
+            part.update()
 
     def static(self) -> str:
         pictures = [(name, *drawn(self.search.study, name)) for name in pictures_of(self.search.study)]
         shown = [picture_html(content, name) or message for name, content, message in pictures]
-        return "<br>".join([self.summary.value, *shown, self.trials()])
+        return "<br>".join([self.summary.value, *shown, self.trials.html()])
 
 # %% ../../nbs/widgets/02_study.ipynb #ebb6cdd6
 class Studies(View):

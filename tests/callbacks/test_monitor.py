@@ -128,7 +128,7 @@ def test_a_class_in_the_place_of_a_model_is_the_settings_own(tmp_path):
 
 def test_a_function_that_draws_what_the_model_does_not_read_is_refused_before_a_trial(tmp_path):
     config = RunConfig(**SETTINGS | dict(model=f"{__file__}:Own"), root=str(tmp_path))
-    with pytest.raises(ValueError, match="search_space=draws_a_rate: lr would change nothing: Own has an optimizer"):
+    with pytest.raises(ValueError, match="search_space=draws_a_rate: lr would change nothing: Own has its own optimizer"):
         tune(config, StudyConfig(search_space=draws_a_rate))
     assert not list(tmp_path.iterdir())
 

@@ -349,5 +349,5 @@ def test_best_params_name_only_what_a_search_may_vary(tmp_path, name):
 def test_what_is_no_best_params_is_refused_with_its_name(tmp_path, content):
     path = tmp_path / "best_params.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="best_params.json' is no best_params.json of a study"):
+    with pytest.raises(ValueError, match="best_params.json' is not a best_params.json of a study"):
         RunConfig(**TASK, best_params=str(path))

@@ -254,7 +254,7 @@ def test_samples_without_numbers_are_counted_on_one_rank_and_refused_on_several(
     assert table.to_pydict() == {"sample": list(range(LENGTH)), **EXPECTED["tensor"]}
     for folder, ranks in ((runs["two"], 2), (runs["three"], 3)):
         error = (folder / "refused").read_text()
-        assert f"{ranks} ranks cannot tell" in error and "or predict on one device" in error
+        assert f"{ranks} ranks cannot know" in error and "or predict on one device" in error
         assert not (folder / "iterable" / "predictions.parquet").exists()
 
 

@@ -414,7 +414,7 @@ MISTAKES = {
     "devices that cannot be divided": (dict(devices_per_trial=3), "devices_per_trial=3 does not divide the 2 devices"),
     "no monitor": (dict(settings=dict(monitor=None, patience=None, save_top_k=1)), "needs a metric to judge"),
     "wrong direction": (dict(settings=dict(monitor_mode="down")), "monitor_mode"),
-    "no database": (dict(storage="study.db"), "is no URL of a database"),
+    "no database": (dict(storage="study.db"), "is not a URL of a database"),
     "no server": (dict(storage="postgresql+psycopg://nobody@127.0.0.1:9/none"), "cannot be opened"),
     "in memory": (dict(storage="sqlite://"), "would be lost with this process"),
     "a checkpoint to go on from": (dict(settings=dict(resume="never")), "a search resumes by itself"),

@@ -103,8 +103,8 @@ def a_link_to_a_pipe(path: Path):
 
 
 PLACES = {
-    a_folder: "Is a directory", a_pipe: "is no regular file", a_link_to_itself: "cannot be read", a_link_to_nothing: "has no run.json",
-    a_link_to_a_device: "is no regular file", a_link_to_a_pipe: "is no regular file",
+    a_folder: "Is a directory", a_pipe: "is not a regular file", a_link_to_itself: "cannot be read", a_link_to_nothing: "has no run.json",
+    a_link_to_a_device: "is not a regular file", a_link_to_a_pipe: "is not a regular file",
 }  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_files_links_and_deep_folders_beside_the_runs_are_passed_over(tmp_path):
 def test_folders_without_an_end_are_one_warning(tmp_path):
     good(tmp_path)
     (tmp_path / "/".join(["deep"] * 300)).mkdir(parents=True)
-    check_that_the_others_are_served(tmp_path, tmp_path / "deep", "40 folders lie in one another")
+    check_that_the_others_are_served(tmp_path, tmp_path / "deep", "40 folders are nested")
 
 
 def test_a_folder_whose_name_is_no_unicode_is_one_warning(tmp_path):
@@ -376,7 +376,7 @@ CURVES = {  # what metrics.csv holds, and what is said
     "steps of text": (b"step,val_loss\n1,0.5\nstep,val_loss\n", "is damaged"),
     "a longer line": (b"step,val_loss\n1,0.5\n2,0.4,0.3,9\n", "is damaged"),
     "another encoding": (b"step,val_loss\n1,\xff\n", "is damaged"),
-    "metrics of text": (b"step,val_loss\n1,low\n", "holds what is no number"),
+    "metrics of text": (b"step,val_loss\n1,low\n", "holds what is not a number"),
 }
 
 
@@ -385,7 +385,7 @@ CURVES = {  # what metrics.csv holds, and what is said
 def test_a_damaged_metrics_file_is_a_sentence(tmp_path, look, content, told):
     record = good(tmp_path)
     (record.folder / "metrics.csv").write_bytes(content)
-    if look is read_metrics and told == "holds what is no number":
+    if look is read_metrics and told == "holds what is not a number":
         assert look(record.folder)["val_loss"].tolist() == ["low"]
         return
     with pytest.raises(ValueError, match="metrics.csv is damaged") as error:

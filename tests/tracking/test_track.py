@@ -115,14 +115,14 @@ def wrong(do):
 
 MISTAKES = {
     "unknown column": (wrong(lambda root, *_: runs(root, where="vall_loss < 1")), "Did you mean 'val_loss'?"),
-    "no expression": (wrong(lambda root, *_: runs(root, where="lr <")), "is no expression"),
-    "an assignment": (wrong(lambda root, *_: runs(root, where="lr = 1")), "is no expression"),
+    "no expression": (wrong(lambda root, *_: runs(root, where="lr <")), "is not an expression"),
+    "an assignment": (wrong(lambda root, *_: runs(root, where="lr = 1")), "is not an expression"),
     "no condition": (wrong(lambda root, *_: runs(root, where="lr + 1")), "does not work"),
     "text with a number": (wrong(lambda root, *_: runs(root, where="task < 3")), "does not work"),
     "unknown sort": (wrong(lambda root, *_: runs(root, sort="-started_at")), "Did you mean 'started'?"),
-    "no folder": (wrong(lambda root, *_: runs(root / "nowhere")), "is no folder"),
+    "no folder": (wrong(lambda root, *_: runs(root / "nowhere")), "is not a folder"),
     "one to compare": (wrong(lambda root, one, *_: compare(one)), "needs two runs or more"),
-    "no run": (wrong(lambda root, one, *_: compare(one, root / "nowhere")), "is no run's folder"),
+    "no run": (wrong(lambda root, one, *_: compare(one, root / "nowhere")), "is not a run's folder"),
     "none is best": (wrong(lambda root, *_: best(root, where="lr > 1")), "has a best score where lr > 1"),
     "unknown metric": (wrong(lambda root, one, *_: plot_runs(one, metric="val_los")), "Did you mean 'val_loss'?"),
     "smoothing": (wrong(lambda root, one, *_: plot_runs(one, smoothing=1.5)), "smoothing=1.5"),

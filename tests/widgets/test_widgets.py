@@ -112,7 +112,7 @@ def test_a_wrong_filter_is_reported_at_its_field_and_changes_nothing(root):
     before, field = names(runs), runs.table.choice.where
     for wrong, told in [
         ("lrr < 1", "Did you mean &#x27;lr&#x27;?"),
-        ("lr <", "is no expression"),
+        ("lr <", "is not an expression"),
         ("__import__('os')", "nothing is run here"),
     ]:
         field.control.value = wrong
@@ -218,7 +218,7 @@ def test_nothing_outside_the_root_is_deleted_or_linked(root, tmp_path):
     runs = Runs(root, where="lr == 1e-3", ticked=[linked.folder])
     assert "link" not in names(runs) and "secret" not in shown(runs)
     runs.deletion.button.click()
-    assert "to which a link leads" in runs.deletion.question.control.value
+    assert "a link leads there" in runs.deletion.question.control.value
     runs.deletion.yes.click()
     assert len(checkpoints(outside)) == 2
 
@@ -326,7 +326,7 @@ def test_a_study_is_followed_while_it_runs(search):
         setattr(record, name, values[name])
     record.write()
     trial, before = study.ask(plan.space), view.pictures.picture.value
-    assert view.look() and "1 running" in view.summary.value and "RUNNING" in view.rows.value
+    assert view.look() and "1 running" in view.summary.value and "RUNNING" in view.trials.rows.value
     trial.report(0.5, 1)
     study.tell(trial, 1e-5)
     assert view.look() and "4 of 5" in view.summary.value and view.pictures.picture.value != before
@@ -342,7 +342,7 @@ def test_a_trial_of_ones_own_is_the_next_that_a_worker_takes(search):
         assert told in fields["lr"].message.value and result.value == "" and len(study.trials) == 3
     fields["lr"].control.value, fields["seed"].control.value = "0.02", (1,)
     button.click()
-    assert fields["lr"].message.value == "" and "Trial 3 waits" in result.value and "WAITING" in view.rows.value
+    assert fields["lr"].message.value == "" and "Trial 3 waits" in result.value and "WAITING" in view.trials.rows.value
     row = queue.claim()
     taken = optuna.trial.Trial(optuna.load_study(study_name=plan.name, storage=queue.storage), row._trial_id)
     assert draw(plan.space, taken) == {"lr": 0.02, "seed": 1}
