@@ -82,7 +82,7 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
         for line in describe_differences(trained, record.sources):
             log.warning(line)
     with quiet_lightning():
-        trainer = _inference_trainer(config, record, base)
+        trainer = _inference_trainer(config, record, base, _checkpoint_of(run, config))
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
             _fill(trainer, model, _evaluation_data(data, split), record, test, predict)
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
@@ -160,9 +160,16 @@ def _evaluation_data(data: LightningDataModule, split: str) -> LightningDataModu
     return data
 
 
-def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None) -> Trainer:
+def _checkpoint_of(run: str | Path, config: RunConfig) -> Path | None:
+    "What model.safetensors was made from; None where the weights are not of a run, or are a checkpoint themselves."
+    record = find_weights(run).record
+    kept = record and (record.best_checkpoint or record.last_checkpoint)
+    return record.folder / kept if kept and config.resume == str(record.folder / (record.weights or "")) else None
+
+
+def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None, checkpoint: Path | None) -> Trainer:
     settings, folder = config.resolved, record.folder
-    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder, base), PredictionWriter(folder)]
+    callbacks = [RunRecorder(record, config), LoadWeights(config.resume, folder, base, checkpoint), PredictionWriter(folder)]
     online = wandb_logger(record, config.project(record.mode), config.tags, config.hash)
     trainer = make_trainer(config, folder, callbacks, logger=online or False, enable_checkpointing=False)
     record.resolved = {name: getattr(settings, name) for name in ("accelerator", "strategy")}

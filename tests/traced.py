@@ -89,6 +89,27 @@ class SteppedBySGD(TracedNet):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
+class SteppedByHand(TracedNet):
+    "Two optimizers that it steps itself, and a buffer that differs between ranks and weighs the loss."
+
+    def __init__(self, width: int = 9, dropout: float = 0.0):
+        super().__init__(width=width, dropout=dropout)
+        self.automatic_optimization = False
+        self.register_buffer("mean_label", torch.zeros(()))
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in (self.layers[:4], self.layers[4:])]
+
+    def training_step(self, batch, batch_idx):
+        self.mean_label.lerp_(batch[1].float().mean(), 0.1)
+        loss = super().training_step(batch, batch_idx) * (1 + self.mean_label / 10)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
 if __name__ == "__main__":
     from dlnb.config import RunConfig
     from dlnb.trainer import fit

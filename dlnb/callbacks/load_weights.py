@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from ..checkpoint.manifest import is_own
 from ..checkpoint.pretrained import fill_model, find_pretrained
 from ..checkpoint.weights import load_weights
 from ..consolidate import consolidate
+from ..formats.zero import model_states_file
+from ..system.log import log
 
 # %% ../../nbs/callbacks/07_load_weights.ipynb #dd722f1c
 @contextmanager
@@ -35,6 +40,32 @@ def consolidated(
         if trainer.is_global_zero:
             file.unlink(missing_ok=True)
 
+# %% ../../nbs/callbacks/07_load_weights.ipynb #3be97fda
+def has_extra_state(module: torch.nn.Module) -> bool:
+    return any(type(part).get_extra_state is not torch.nn.Module.get_extra_state for part in module.modules())
+
+
+def reads_checkpoint(module: LightningModule) -> bool:
+    "Whether a module takes more from a checkpoint than weights."
+    return is_overridden("on_load_checkpoint", module) or has_extra_state(module)
+
+
+def restore_own_state(
+    module: LightningModule,
+    checkpoint: Path,  # of Lightning or DeepSpeed
+) -> None:
+    "Give a module its extra state, and call its `on_load_checkpoint`. What cannot be read is reported."
+    try:
+        file = checkpoint if checkpoint.is_file() else model_states_file(checkpoint)
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=not is_own(checkpoint))
+    except Exception as error:
+        log.warning(f"{checkpoint} gives {type(module).__name__} its weights alone, without what on_save_checkpoint added: {error}")
+        return
+    content.setdefault("state_dict", content.get("module", {}))
+    extra = {name: value for name, value in content["state_dict"].items() if name.endswith("_extra_state")}
+    module.load_state_dict(extra, strict=False)
+    module.on_load_checkpoint(content)
+
 # %% ../../nbs/callbacks/07_load_weights.ipynb #58f5c52c
 class LoadWeights(Callback):
     "Loads the weights of a .safetensors file, or of any checkpoint, before a test or a prediction starts."
@@ -44,8 +75,9 @@ class LoadWeights(Callback):
         weights: str | Path,  # a .safetensors file, or a checkpoint
         folder: str | Path,  # that all ranks share, for a checkpoint's weights as one file
         base: str | Path | None = None,  # what the weights were trained over, where they leave out parameters
+        checkpoint: str | Path | None = None,  # that the weights are of, for the model's own `on_load_checkpoint` and extra state
     ):
-        self.weights, self.folder, self.base = Path(weights), Path(folder), base
+        self.weights, self.folder, self.base, self.checkpoint = Path(weights), Path(folder), base, checkpoint
         self.loaded = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,4 +95,6 @@ class LoadWeights(Callback):
         is_one_file = self.weights.suffix == ".safetensors"
         with nullcontext(self.weights) if is_one_file else consolidated(trainer, self.weights, self.folder) as file:
             load_weights(pl_module, file, base)
+        if reads_checkpoint(pl_module):
+            restore_own_state(pl_module, Path(self.checkpoint or self.weights))
         self.loaded = True

@@ -22,7 +22,7 @@ from .boundaries import add_boundaries, call_once_after
 from .host_copy import HostCopy
 from .loaders import ResumableBatches, ResumableLoader, Start, process_loaders, read_and_drop, resumable
 from .manifest import KEY, Manifest
-from .metric_state import metric_states, own_buffers, restore_buffers, restore_metrics
+from .metric_state import metric_states, own_buffers, restore_buffers, restore_metrics, syncs_buffers
 from .random_state import generator_states, seed_generators, set_generator_states
 from .training_manifest import manifest_of
 from ..loading.stream import ResumableStreamLoader
@@ -109,7 +109,7 @@ class RankStates:
     def collect(self, trainer: Trainer) -> None:
         "Gather the states; all ranks call it."
         state = {"generators": generator_states(), "metrics": metric_states(trainer), "begun": generators_at_epoch_start(trainer)}
-        state = HostCopy().take(state | {"buffers": own_buffers(trainer)})
+        state = HostCopy().take(state | {"buffers": own_buffers(trainer), "syncs_buffers": syncs_buffers(trainer)})
         self.collected = [state]
         if trainer.world_size > 1:
             self.collected = [None] * trainer.world_size
@@ -127,7 +127,7 @@ class RankStates:
         if own is None:
             seed_generators(seed, trainer.global_rank, trainer.global_step)
         else:
-            restore_buffers(trainer, own["buffers"])
+            restore_buffers(trainer, own["buffers"], own.get("syncs_buffers"))
             set_generator_states(own["generators"])
         if self.saved:
             together = self.saved if trainer.is_global_zero else []

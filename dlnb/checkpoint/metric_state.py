@@ -96,7 +96,14 @@ def own_buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in buffers.items() if len({sums[name] for sums in ranks}) > 1}
 
 
-def restore_buffers(trainer: Trainer, saved: dict[str, torch.Tensor]) -> None:
+def syncs_buffers(trainer: Trainer) -> bool | None:
+    "Whether DDP will send rank 0's buffers to the others before the next batch: not under manual optimization, after the first one."
+    return getattr(trainer.model, "require_forward_param_sync", None)
+
+
+def restore_buffers(trainer: Trainer, saved: dict[str, torch.Tensor], syncs: bool | None = None) -> None:
+    if syncs is not None and syncs_buffers(trainer) is not None:
+        trainer.model.require_forward_param_sync = syncs
     buffers = dict(trainer.lightning_module.named_buffers())
     with torch.no_grad():
         for name, value in saved.items():

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/optimizers/01_groups.ipynb #59547582
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..system.zero_internals import full_shape
 
@@ -19,12 +20,16 @@ def parameter_groups(
     weight_decay: float = 0.01,  # of the first group
 ) -> list[dict]:  # at most two groups, with decay and without; none is empty
     """The trainable parameters of a module, each once, as groups for torch's optimizers: with decay, and without
-    (biases, norms, everything one-dimensional). Raises ValueError where there is nothing to train.
+    (biases, norms, everything one-dimensional). Raises ValueError where there is nothing to train, or a lazy layer has not been called yet.
     """
     norms = [part for part in module.modules() if isinstance(part, _NORMS)]
     of_norms = {id(parameter) for norm in norms for parameter in norm.parameters(recurse=False)}
     decay, no_decay = [], []
     for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} of {type(module).__name__} has no shape yet. Call the lazy layers once, in the constructor or in setup."
+            )
         if parameter.requires_grad:
             is_exempt = len(full_shape(parameter)) < 2 or name.endswith("bias") or id(parameter) in of_norms
             (no_decay if is_exempt else decay).append(parameter)

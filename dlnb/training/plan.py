@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import LBFGS
 
 from ..callbacks.blocks import find_blocks
 from ..checkpoint.manifest import Manifest
@@ -104,6 +105,19 @@ def _announce(plan: RunPlan) -> None:
             log.warning(line)
         if not start.own:
             log.info(f"It carries no signature of the key {key_file()}, so that plain values alone are read from it.")
+    for line in replaced_defaults(plan.config):
+        log.info(line)
+
+
+def replaced_defaults(config: RunConfig) -> list[str]:
+    "The defaults of the model's class that the run's settings replace although nobody has set them, a line each."
+    lines = []
+    for name, value in config.passed_to_model.items():
+        own = config.model_parameters[name].default
+        if config.is_default(name) and own not in (inspect.Parameter.empty, None, value):
+            made = f"{config.model_class.__name__}({name}={own!r})"
+            lines.append(f"{made} gets the run's {name}={value!r}. For its own, give model_args={{{name!r}: {own!r}}}.")
+    return lines
 
 
 def describe_differences(saved: Manifest | RunRecord, sources: dict[str, str]) -> list[str]:
@@ -192,6 +206,23 @@ def _check_manual(config: RunConfig, model: LightningModule) -> None:
                 f"Lightning does this for automatic optimization alone. Leave {name} out, or do it in training_step."
             )
 
+# %% ../../nbs/training/02_plan.ipynb #e0ff4f19
+def _check_steppable(config: RunConfig, model: LightningModule) -> None:
+    "Raise `UntrainableError` for optimizers of a module's own that DeepSpeed cannot step."
+    try:
+        made = model.configure_optimizers()
+    except Exception:  # of a module without a Trainer: Lightning asks again
+        return
+    made = made[0] if isinstance(made, tuple) and isinstance(made[0], list) else made  # optimizers, and their schedulers
+    several = made if isinstance(made, (list, tuple)) else [made]
+    if len(several) > 1:
+        raise UntrainableError(
+            f"strategy={config.strategy!r}: {type(model).__name__} has {len(several)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
+        )
+    optimizer = several[0].get("optimizer") if several and isinstance(several[0], dict) else next(iter(several), None)
+    if isinstance(optimizer, LBFGS):
+        raise UntrainableError(f"strategy={config.strategy!r}: LBFGS computes the loss several times a step, DeepSpeed once. Use 'ddp'.")
+
 # %% ../../nbs/training/02_plan.ipynb #57b6db1a
 def check_trainable(config: RunConfig, model: LightningModule) -> None:
     "Raise `ValueError` for a module without a training step or the named blocks, and for one whose optimizers the strategy cannot step."
@@ -206,14 +237,5 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
     _check_manual(config, model)
     if not inspect.isclass(config.model_class) and own_optimizer(type(model)):
         _check_read(config, model)
-    if not config.resolved.strategy.startswith("deepspeed") or not is_overridden("configure_optimizers", model):
-        return
-    try:
-        made = model.configure_optimizers()
-    except Exception:  # of a module without a Trainer: Lightning asks again
-        return
-    made = made[0] if isinstance(made, tuple) and isinstance(made[0], list) else made  # optimizers, and their schedulers
-    if isinstance(made, (list, tuple)) and len(made) > 1:
-        raise UntrainableError(
-            f"strategy={config.strategy!r}: {type(model).__name__} has {len(made)} optimizers, and DeepSpeed steps one optimizer. Use 'ddp'."
-        )
+    if config.resolved.strategy.startswith("deepspeed") and is_overridden("configure_optimizers", model):
+        _check_steppable(config, model)
