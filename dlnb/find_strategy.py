@@ -7,7 +7,6 @@ __all__ = ['find_strategy', 'ProbingConfig']
 
 # %% ../nbs/14_find_strategy.ipynb #ecbce5c2
 from collections.abc import Iterator
-from typing import Any
 
 from .callbacks.progress_bar import Line
 from .config import RunConfig
@@ -44,7 +43,7 @@ class _Search:
         "Try one, in a hidden folder."
         settings = with_kept_paths(self.plan.config.model_dump(), self.plan.folder)
         config = RunConfig(**settings | {"best_params": None}).with_given(self.plan.config.given)
-        return run_probe(config, candidate, self.plan.folder / ".probe", self.plan.bounds, predicted)
+        return run_probe(config, candidate, self.plan.folder.absolute() / ".probe", self.plan.bounds, predicted)
 
     def run(self) -> None:
         "Try one candidate after the other."
@@ -122,6 +121,8 @@ def _announce(compared: Comparison) -> None:
     "Say what was found, and how to train with it."
     if (best := compared.best) is None:
         return log.warning("Nothing fits. Raise memory_limit, name other strategies, or make the model or its batch smaller.")
-    log.info(f"Fastest: {best.candidate}, {best.samples_per_second:.4g} samples/s. Train with -p best_params {compared.plan.folder / 'best_params.json'}")
+    log.info(
+        f"Fastest: {best.candidate}, {best.samples_per_second:.4g} samples/s. Train with -p best_params {compared.plan.folder / 'best_params.json'}"
+    )
     if compared.largest_batch_size:
         log.info(f"The largest batch that fits under {best.strategy}: {compared.largest_batch_size} samples per rank.")

@@ -114,7 +114,9 @@ def _plot_speed(axes: Any, compared: Comparison, strategy: str, color: Any) -> N
 def _plot_memory(axes: Any, compared: Comparison, strategy: str, color: Any) -> None:
     own = [probe for probe in compared.probes if probe.strategy == strategy and probe.state == "measured"]
     axes.plot([probe.batch_size for probe in own], [(probe.memory or 0.0) / 1e9 for probe in own], "o", color=color, markersize=4)
-    lines = sorted((one.batch_size, compared.state.memory.predict(one)) for one in compared.plan.candidates.possible if one.strategy == strategy)
+    lines = sorted(
+        (one.batch_size, compared.state.memory.predict(one)) for one in compared.plan.candidates.possible if one.strategy == strategy
+    )
     known = [(size, peak / 1e9) for size, peak in lines if peak is not None]
     axes.plot([size for size, _ in known], [peak for _, peak in known], "--", color=color, linewidth=0.8)
 

@@ -163,7 +163,9 @@ FAR = 4  # a batch that is so many times smaller tells little of a strategy
 
 def _best_known(state: State) -> dict[int, float]:
     "The speeds of the strategy that was measured at the most batch sizes, over the widest range."
-    return max((state.of(name) for name in state.strategies), key=lambda rates: len(rates) * log(max(rates, default=1) / min(rates, default=1) + 1))
+    return max(
+        (state.of(name) for name in state.strategies), key=lambda rates: len(rates) * log(max(rates, default=1) / min(rates, default=1) + 1)
+    )
 
 
 def _profiled_rate(rates: dict[int, float], size: int) -> float:
