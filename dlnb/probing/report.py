@@ -134,6 +134,7 @@ def plot_strategies(compared: Comparison) -> Any:  # a matplotlib Figure
         memory.legend(fontsize=8)
     for axes, label in ((speed, "samples per second"), (memory, "peak of a rank, GB (dashed: predicted)")):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="samples per rank and batch", ylabel=label)
     speed.set_ylim(bottom=0)
     speed.legend(fontsize=8)
