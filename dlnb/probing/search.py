@@ -92,6 +92,7 @@ class State:
         return {one.batch_size: rate for one, rate in self.measured.items() if one.strategy == strategy}
 
 # %% ../../nbs/probing/04_search.ipynb #e649fe62
+LARGE = 1_000_000_000  # parameters of a model for which strategies matter
 PROFILED = 6  # batch sizes of the first strategy, at most
 FLAT = 0.85  # of the best speed: where the smallest batch that was measured has it, a still smaller one may be faster
 CLOSE = 1.25  # batch sizes whose ratio is less are as fast as one another
@@ -103,7 +104,7 @@ def _nearest(candidates: Sequence[Candidate], size: float) -> Candidate:
 
 def _first(state: State) -> Candidate | None:
     "One to measure the model by: a batch in the middle, or the smallest where that was too large."
-    setting = Setting(ModelSize(1, 1), *state.machine)
+    setting = Setting(ModelSize(LARGE, LARGE), *state.machine)
     lightest = min(state.strategies, key=lambda name: computed_memory(setting, name).device)
     for strategy in dict.fromkeys([lightest, *state.strategies]):
         if found := state.open(strategy):
