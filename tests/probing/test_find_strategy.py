@@ -100,8 +100,6 @@ def test_where_nothing_fits_there_are_no_parameters(find):
     assert {probe.state for probe in compared.probes} == {"out of memory"}
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_the_largest_batch_fits_and_one_that_is_a_twentieth_larger_does_not(find):
     settings = {"model_args": {"depth": 1000}, "batch_size": 16}
     compared = find(settings, strategies=["ddp"], batch_sizes=[4, 16], memory_limit=1.6e9, largest_batch=True)
@@ -130,8 +128,7 @@ def start(root: Path, settings: dict, probing: dict) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_search_that_is_killed_leaves_no_process_and_resumes(tmp_path, number):
     probing = SHORT | {"strategies": ["ddp"]}
     process, deadline = start(tmp_path, {"model_args": {"waits": 2.0}}, probing), time.monotonic() + 90
