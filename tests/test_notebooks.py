@@ -23,7 +23,9 @@ CaptureShell(sys.argv[1]).run_all(read_nb(sys.argv[1]), exc_stop=True)
 IN_KERNEL = "from nbclient.cli import main; main()"
 OF_CELLS = ("02_sources", "03_fingerprint", "10_kept_source")  # they look at what a kernel's cells define
 LONG = "11_examples 10_tuner 04_strategy 05_trial index 07_trainer 04_launcher 02_study 01_processes 06_session 13_ranks".split()
-LONG += "14_partition 04_trial_ranks 09_scheduler 05_on_ranks 17_supervisor".split()  # all of them 20 seconds, and more
+LONG += (
+    "14_find_strategy 03_probe 14_partition 04_trial_ranks 09_scheduler 05_on_ranks 17_supervisor".split()
+)  # all of them 20 seconds, and more
 # They look at what a process imports, and know processes by their ids.
 COLD = ("04_strategy", "06_lock", "07_progress", "00_place", "17_supervisor")
 

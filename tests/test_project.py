@@ -15,6 +15,7 @@ from conftest import REPOSITORY, TRAIN
 from dlnb.checkpoint.weights import INFERENCE_SETTINGS
 from dlnb.config import RunConfig
 from dlnb.launch.parameters import parameter_names
+from dlnb.probing.candidates import ProbingConfig
 from dlnb.search.study import StudyConfig
 
 # As nbdev, without folders whose name begins with a dot or `_`, such as the template of new projects, which has tests of its own.
@@ -27,7 +28,7 @@ INDEX = REPOSITORY / "nbs" / "index.ipynb"
 # A module imports from what stands before its own place here; within a package, from chapters of a lower number.
 ORDER = (
     "errors system formats consolidate loading data optimizers optim strategies strategy settings config tracking track checkpoint callbacks predictions launch session "
-    "views training trainer infer engine search tuner ranks widgets examples new"
+    "views training trainer infer engine search tuner probing find_strategy ranks widgets examples new"
 ).split()
 WORKFLOWS = sorted((REPOSITORY / "nbs" / "workflows").glob("*.ipynb"))
 
@@ -183,18 +184,22 @@ def test_a_chapter_opens_as_all_do(path):
 def test_a_workflow_is_short_and_takes_every_setting(path):
     notebook = nbformat.read(path, 4)
     search = {*RunConfig.model_fields, *StudyConfig.model_fields} - {"resume", "best_params"}
-    settings = {"infer": {"run", "split", *INFERENCE_SETTINGS}, "tune": search}.get(path.stem, set(RunConfig.model_fields))
+    probing = {*RunConfig.model_fields, *ProbingConfig.model_fields}
+    settings = {"infer": {"run", "split", *INFERENCE_SETTINGS}, "tune": search, "find_strategy": probing}.get(
+        path.stem, set(RunConfig.model_fields)
+    )
     assert len(notebook.cells) <= 12
     assert settings <= set(parameter_names(notebook))
 
 
-@pytest.mark.parametrize("name", ["train", "tune"])
+@pytest.mark.parametrize("name", ["train", "tune", "find_strategy"])
 def test_the_defaults_of_a_workflow_are_those_of_the_settings(name):
     cells = nbformat.read(TRAIN.with_stem(name), 4).cells
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     exec(cell.source, defaults := {})
     chosen = {"model", "data", "max_epochs", "search_space"}  # by the example
-    fields = RunConfig.model_fields | (StudyConfig.model_fields if name == "tune" else {})
+    more = {"tune": StudyConfig, "find_strategy": ProbingConfig}
+    fields = RunConfig.model_fields | (more[name].model_fields if name in more else {})
     assert len(fields) > 20
     for name, field in fields.items():
         assert name in chosen or defaults.get(name, field.default) == field.default, name

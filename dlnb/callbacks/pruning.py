@@ -21,7 +21,7 @@ class ReportProgress(Callback):
 
     def __init__(
         self,
-        monitor: str,
+        monitor: str | None,  # None for a training that reports nothing
         report: Callable[[int, float], bool],  # takes the report's number and the value, on rank 0; whether to prune
     ):
         self.monitor, self.report = monitor, report
@@ -42,10 +42,11 @@ class ReportProgress(Callback):
             self._tell(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.reports:
+        if not self.reports and self.monitor is not None:
             self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
+        assert self.monitor is not None
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(f"The model does not log what is monitored: {unknown('monitor', self.monitor, trainer.callback_metrics)}")
         value = float(trainer.callback_metrics[self.monitor])  # averaged by all ranks together
