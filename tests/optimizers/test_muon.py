@@ -1,12 +1,13 @@
 """Muon trains the same model under every strategy, resumes to the same bytes, and goes along to other ranks and strategies."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from trainings import Training, difference
 
 from dlnb.formats.optimizer_states import read_optimizer_states
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 and newer have Muon")]
 MUON = dict(optimizer="Muon", max_epochs=2, save_every_n_steps=5)
 SHARDED = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 
