@@ -91,6 +91,7 @@ def _fit(trainer: Trainer, model: LightningModule, data: LightningDataModule, re
     with recorded_end(trainer, record):
         trainer.fit(model, datamodule=data)
         _recorder(trainer).update(trainer, finished_epochs=trainer.current_epoch)
+        _recorder(trainer).note_ranking(trainer)
         _announce_early_stop(trainer)
         leave_group()
         if trainer.is_global_zero:

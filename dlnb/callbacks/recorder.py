@@ -75,16 +75,15 @@ def _relative(path: str, folder: Path) -> str | None:
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path else None
 
 # %% ../../nbs/callbacks/00_recorder.ipynb #60a97b51
-def describe_checkpoint(trainer: Trainer, manifest: Manifest, record: RunRecord) -> dict[str, Any]:
-    "What the record says of a checkpoint that is being saved, once it is complete; all ranks call it."
+def describe_ranking(trainer: Trainer, record: RunRecord) -> dict[str, Any]:
+    "What the record says of the best and the last checkpoint; all ranks call it."
     best, last, logged = trainer.checkpoint_callbacks[0], trainer.checkpoint_callbacks[-1], _logged(trainer)
-    progress: dict[str, Any] = {"epoch": manifest.epoch, "step": manifest.step}
-    path = _relative(best.best_model_path, record.folder)
+    path, found = _relative(best.best_model_path, record.folder), dict[str, Any]()
     if path != record.best_checkpoint:
-        progress |= {"best_checkpoint": path, "best_metrics": logged if path else {}}
+        found = {"best_checkpoint": path, "best_metrics": logged if path else {}}
     score = None if best.best_model_score is None else float(best.best_model_score)
     latest = _relative(last.last_model_path or best.last_model_path or best.best_model_path, record.folder)
-    return progress | {"best_score": score, "last_checkpoint": latest}
+    return found | {"best_score": score, "last_checkpoint": latest}
 
 # %% ../../nbs/callbacks/00_recorder.ipynb #e231e6ac
 class RunRecorder(Callback):
@@ -120,7 +119,14 @@ class RunRecorder(Callback):
 
     def note_of_checkpoint(self, trainer: Trainer, manifest: Manifest) -> Callable[[], None]:
         "Update the record when the checkpoint that is being saved is complete; all ranks call it."
-        return partial(self._note, **describe_checkpoint(trainer, manifest, self.record))
+        return partial(self._note, epoch=manifest.epoch, step=manifest.step, **describe_ranking(trainer, self.record))
+
+    def note_ranking(self, trainer: Trainer) -> None:
+        "After a training, which a kill may have ended between its last checkpoint and the note of it; all ranks call it."
+        best = trainer.checkpoint_callback
+        ranking = describe_ranking(trainer, self.record) if best is not None else {}
+        if trainer.is_global_zero and best is not None and os.path.exists(best.best_model_path):
+            self._note(**ranking)
 
     def _note(self, **values: Any) -> None:
         with self.lock:
