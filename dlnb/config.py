@@ -23,7 +23,7 @@ from .errors import unknown
 from .settings.devices import check_devices, count_devices, read_devices
 from .settings.model_and_data import ReadSettings
 from .settings.objects import Object, Objects, build_partial, check_objects, read_object, specs, with_entry
-from .settings.roles import Role, Settings
+from .settings.roles import Role, Settings, check_known
 from .settings.text import Dictionary, read_dictionary, read_words
 from .settings.values import LONGEST_NAME, check_root, check_value
 from .system.files import read_json
@@ -339,25 +339,13 @@ class RunConfig(NamedRun):
     @model_validator(mode="before")
     @classmethod
     def _known_fields_and_best_params(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for name in values:
-                if name not in cls.model_fields:
-                    raise ValueError(unknown("setting", name, cls.model_fields))
-            return _apply_best_params(dict(values))
-        return values
+        check_known(cls, values)
+        return _apply_best_params(dict(values)) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _agreeing(self) -> "RunConfig":
         _check_agreement(self)
         return self
-
-    @classmethod
-    def from_namespace(
-        cls,
-        namespace: Mapping[str, Any],  # a notebook's globals(), for example
-    ) -> "RunConfig":
-        "The settings that `namespace` has under the names of the fields; its other names are ignored."
-        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
 # %% ../nbs/05_config.ipynb #0e26eb3d
 def _check_agreement(config: RunConfig) -> None:

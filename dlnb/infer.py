@@ -18,7 +18,7 @@ from .callbacks.load_weights import LoadWeights
 from .callbacks.recorder import RunRecorder
 from .checkpoint.manifest import partial_of
 from .checkpoint.pretrained import base_of, check_left_out, find_pretrained
-from .checkpoint.weights import check_weights, find_weights, inference_config, lacking, one_run
+from .checkpoint.weights import Source, check_weights, find_weights, inference_config, lacking, one_run
 from .config import RunConfig
 from .data import DataModule, evaluate_exactly
 from .errors import unknown
@@ -78,11 +78,12 @@ def _infer(run: str | Path, split: str, settings: dict[str, Any], test: bool, pr
     base = _base(config, model, layout)
     record = RunRecord(folder=run_folder(config, split), mode=split, settings=config.model_dump(), run=str(run))
     record.sources = source_hashes(*config.classes)
-    if is_rank_zero(config) and (trained := find_weights(run).record):
-        for line in describe_differences(trained, record.sources):
+    source = find_weights(run)
+    if is_rank_zero(config) and source.record:
+        for line in describe_differences(source.record, record.sources):
             log.warning(line)
     with quiet_lightning():
-        trainer = _inference_trainer(config, record, base, _checkpoint_of(run, config))
+        trainer = _inference_trainer(config, record, base, _checkpoint_of(source))
         with run_lock_held(config, record, "filled"), recorded_end(trainer, record):
             _fill(trainer, model, _evaluation_data(data, split), record, test, predict)
         trainer.strategy.barrier()  # no rank reads the folder before it is complete
@@ -160,11 +161,11 @@ def _evaluation_data(data: LightningDataModule, split: str) -> LightningDataModu
     return data
 
 
-def _checkpoint_of(run: str | Path, config: RunConfig) -> Path | None:
+def _checkpoint_of(source: Source) -> Path | None:
     "What model.safetensors was made from; None where the weights are not of a run, or are a checkpoint themselves."
-    record = find_weights(run).record
+    record = source.record
     kept = record and (record.best_checkpoint or record.last_checkpoint)
-    return record.folder / kept if kept and config.resume == str(record.folder / (record.weights or "")) else None
+    return record.folder / kept if kept and source.weights == record.folder / (record.weights or "") else None
 
 
 def _inference_trainer(config: RunConfig, record: RunRecord, base: Path | None, checkpoint: Path | None) -> Trainer:

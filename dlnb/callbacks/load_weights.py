@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..checkpoint.manifest import is_own
 from ..checkpoint.pretrained import fill_model, find_pretrained
+from ..checkpoint.reshard import load_content
 from ..checkpoint.weights import load_weights
 from ..consolidate import consolidate
-from ..formats.zero import model_states_file
 from ..system.log import log
 
 # %% ../../nbs/callbacks/07_load_weights.ipynb #dd722f1c
@@ -56,13 +56,11 @@ def restore_own_state(
 ) -> None:
     "Give a module its extra state, and call its `on_load_checkpoint`. What cannot be read is reported."
     try:
-        file = checkpoint if checkpoint.is_file() else model_states_file(checkpoint)
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=not is_own(checkpoint))
+        content = load_content(checkpoint, weights_only=not is_own(checkpoint))
     except Exception as error:
         log.warning(f"{checkpoint} gives {type(module).__name__} its weights alone, without what on_save_checkpoint added: {error}")
         return
-    content.setdefault("state_dict", content.get("module", {}))
-    extra = {name: value for name, value in content["state_dict"].items() if name.endswith("_extra_state")}
+    extra = {name: value for name, value in content.get("state_dict", {}).items() if name.endswith("_extra_state")}
     module.load_state_dict(extra, strict=False)
     module.on_load_checkpoint(content)
 

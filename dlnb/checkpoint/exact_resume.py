@@ -67,11 +67,8 @@ def drawing_samplers(trainer: Trainer) -> list[ResumableBatches]:
 def generators_at_epoch_start(trainer: Trainer) -> list[dict[str, Any] | None]:
     "The generators' states when each loader's order was drawn, None where it is computed; empty where all are."
     drawing = drawing_samplers(trainer)
-    return (
-        [loader.batch_sampler.begun if loader.batch_sampler in drawing else None for loader in _resumable_loaders(trainer)]
-        if drawing
-        else []
-    )
+    begun = [loader.batch_sampler.begun if loader.batch_sampler in drawing else None for loader in _resumable_loaders(trainer)]
+    return begun if drawing else []
 
 
 def starts(

@@ -32,6 +32,17 @@ from ..system.trainer_internals import resume_as_usual, resume_at
 from ..system.zero_internals import held, held_range, is_on_nvme, loading_parameters, parameters_by_group
 
 # %% ../../nbs/checkpoint/17_reshard.ipynb #2d22ae70
+def load_content(
+    path: Path,  # a checkpoint of Lightning, or a folder of DeepSpeed
+    weights_only: bool | None = True,  # as for `torch.load`
+) -> dict[str, Any]:
+    "What Lightning has saved, memory-mapped; under DeepSpeed without the weights that are in the shards."
+    content = torch.load(path if path.is_file() else model_states_file(path), map_location="cpu", mmap=True, weights_only=weights_only)
+    if not path.is_file():
+        content["state_dict"] = content.pop("module")
+    return content
+
+
 class SavedTraining:
     "A checkpoint of ddp or of any stage of ZeRO. Raises as `read_layout` does, and `ValueError` for one of FSDP."
 
@@ -43,12 +54,9 @@ class SavedTraining:
         self.path, self.layout = path, read_layout(path)
         if self.layout.distributed:
             raise ValueError(f"{path} was saved under FSDP. Only FSDP itself can resume from it; infer takes its weights.")
-        file = path if path.is_file() else model_states_file(path)
-        self.content = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
+        self.content = load_content(path, weights_only)
         if "loops" not in self.content:
             raise ValueError(f"{path} holds weights, but not where a training was: it has no 'loops'.")
-        if not path.is_file():
-            self.content["state_dict"] = self.content.pop("module")
 
     @property
     def left_out(self) -> Collection[str]:

@@ -6,13 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/probing/01_candidates.ipynb #a39d4c45
-from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from ..config import RunConfig
-from ..errors import unknown
+from ..settings.roles import KnownSettings
 from ..settings.text import read_words
 from ..strategy import check_strategy_name
 
@@ -28,10 +27,8 @@ Strategies = Annotated[list[str], BeforeValidator(read_words)]
 Sizes = Annotated[list[int], BeforeValidator(read_words)]
 
 
-class ProbingConfig(BaseModel):
+class ProbingConfig(KnownSettings):
     "The settings of a search for the fastest strategy. Raises `ValueError`."
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategies: Strategies = []  # to compare; none for `default_strategies`
     batch_sizes: Sizes = []  # micro-batches: samples per rank and batch; none for all that divide the rank's part of a step
@@ -40,19 +37,6 @@ class ProbingConfig(BaseModel):
     max_probes: int | None = Field(None, ge=1)  # None for a third of the candidates
     probe_timeout: float | None = Field(600.0, gt=0)  # seconds, after which a probe has failed
     largest_batch: bool = False  # look for the largest batch size that fits under the fastest strategy, in at most six more probes
-
-    @classmethod
-    def from_namespace(cls, namespace: Mapping[str, Any]) -> "ProbingConfig":
-        "The settings out of a notebook's globals."
-        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                raise ValueError(unknown("setting", name, cls.model_fields))
-        return values
 
     @field_validator("strategies")
     @classmethod

@@ -17,7 +17,7 @@ from ..config import RunConfig, known_folder, short_hash
 from .candidates import Candidates, ProbingConfig, find_candidates
 from .probe import Bounds, Probe
 from .search import Machine
-from ..search.plan import check_searchable_run
+from ..search.plan import check_new_runs
 from ..system.atomic import write_json
 from ..system.files import read_json
 from ..tracking.environment import hardware, package_versions
@@ -75,8 +75,7 @@ class ProbingPlan:
 
 def plan_probing(config: RunConfig, probing: ProbingConfig) -> ProbingPlan:
     "Decide what is compared. Raises `ValueError` for settings that do not fit, before a process starts or a file is written."
-    begins = config.resume in ("auto", "never")
-    check_searchable_run(config.model_copy(update={"monitor": "none"} | ({"resume": "auto"} if begins else {})))
+    check_new_runs(config, ("auto", "never"))
     check_class(config)
     candidates = find_candidates(config, probing)
     sources = source_hashes(*config.classes)

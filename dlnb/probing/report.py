@@ -9,6 +9,7 @@ __all__ = []
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Comparison:
         totals = [probe.device_total for probe in self.probes if probe.device_total]
         return self.plan.bounds.memory or min(totals, default=None)
 
-    @property
+    @cached_property
     def state(self) -> State:
         return State(self.plan.candidates.possible, self.probes, self.plan.machine, self.limit)
 

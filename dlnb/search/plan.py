@@ -35,7 +35,15 @@ def check_searchable_run(config: RunConfig) -> None:
     "Raise `ValueError` for settings of a run that a search cannot have."
     if config.monitor is None:
         raise ValueError("monitor=None: a search needs a metric to judge its trials by.")
-    if config.resume != "auto":
+    check_new_runs(config, ("auto",))
+
+
+def check_new_runs(
+    config: RunConfig,
+    resume: tuple[str, ...],  # what this setting may be
+) -> None:
+    "Raise `ValueError` for settings of runs that are started here, each from new weights."
+    if config.resume not in resume:
         raise ValueError(f"resume={config.resume!r}: a search resumes by itself, and its trials start from new weights.")
     if config.num_nodes > 1:
         raise ValueError(f"num_nodes={config.num_nodes}: start the same command on each machine, with a server as storage.")

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from ..config import Dictionary
 from ..errors import unknown
+from ..settings.roles import KnownSettings
 
 # %% ../../nbs/search/01_study.ipynb #cc42be15
 def _named(kind: str, module: Any) -> dict[str, type]:
@@ -45,10 +46,8 @@ def _build(kind: str, classes: dict[str, type], name: str, arguments: Mapping[st
         raise ValueError(f"{kind}={name!r} with {kind}_args={dict(arguments)!r}: {error}") from None
 
 # %% ../../nbs/search/01_study.ipynb #6c1980e7
-class StudySettings(BaseModel):
+class StudySettings(KnownSettings):
     "The fields of `StudyConfig`."
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     search_space: Any  # {"lr": {"low": 1e-4, "high": 1e-2, "log": true}, "model_args.width": [8, 16]}; or "module:function" of the trial
     n_trials: int = Field(20, ge=1)  # in all, finished before or not
@@ -64,22 +63,9 @@ class StudySettings(BaseModel):
     max_failures: int = Field(3, ge=1)  # trials that fail one after the other before the search stops
     keep_checkpoints: bool = False  # of the trials
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
-            if name not in cls.model_fields:
-                raise ValueError(unknown("setting", name, cls.model_fields))
-        return values
-
 # %% ../../nbs/search/01_study.ipynb #375530e3
 class StudyConfig(StudySettings):
     "The settings of a search, beside those of its trials. Raises `pydantic.ValidationError`, which is a `ValueError`."
-
-    @classmethod
-    def from_namespace(cls, namespace: Mapping[str, Any]) -> "StudyConfig":
-        "The settings out of a notebook's globals."
-        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
 
     def build_sampler(self, seed: int, number: int, side_by_side: bool) -> optuna.samplers.BaseSampler:
         "The sampler for one trial. Its state is lost with its process, so each trial has its own, with another seed."

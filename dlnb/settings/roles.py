@@ -6,12 +6,48 @@
 __all__ = []
 
 # %% ../../nbs/settings/06_roles.ipynb #1b1173b5
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from ..errors import unknown
 from .values import check_value
+
+# %% ../../nbs/settings/06_roles.ipynb #eb5a61bb
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class NotebookSettings(BaseModel):
+    "Settings that a notebook's variables may hold."
+
+    @classmethod
+    def from_namespace(
+        cls: type[Model],
+        namespace: Mapping[str, Any],  # a notebook's globals(), for example
+    ) -> Model:
+        "The settings that `namespace` has under the names of the fields; its other names are ignored."
+        return cls(**{name: namespace[name] for name in cls.model_fields if name in namespace})
+
+
+def check_known(model: type[BaseModel], values: Any) -> None:
+    "Raise `ValueError` for a name that is not a field."
+    for name in values if isinstance(values, Mapping) else ():
+        if name not in model.model_fields:
+            raise ValueError(unknown("setting", name, model.model_fields))
+
+
+class KnownSettings(NotebookSettings):
+    "Frozen settings beside those of a run."
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, values: Any) -> Any:
+        check_known(cls, values)
+        return values
 
 # %% ../../nbs/settings/06_roles.ipynb #4f69cf7c
 @dataclass(frozen=True)
@@ -30,7 +66,7 @@ def _role_of(field: Any) -> Role:  # of pydantic's FieldInfo
     return next((part for part in field.metadata if isinstance(part, Role)), Role())
 
 # %% ../../nbs/settings/06_roles.ipynb #50d41197
-class Settings(BaseModel):
+class Settings(NotebookSettings):
     "Frozen settings whose fields have roles."
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=True)
