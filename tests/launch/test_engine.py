@@ -241,12 +241,12 @@ def test_a_missing_or_doubled_parameters_tag_is_refused(papermill, tmp_path, tag
     assert not job.out.exists() and not (tmp_path / "ran").exists()
 
 
-def test_an_exception_that_the_notebook_expects_is_no_failure(papermill, tmp_path):
+def test_an_exception_that_the_notebook_expects_is_no_failure(cold_papermill, tmp_path):
     path = write_notebook(tmp_path / "in.ipynb", "devices = 1", RANKS, "1 / 0", "print('after it', rank)")
     notebook = nbformat.read(path, 4)
     notebook.cells[2].metadata["tags"] = ["raises-exception"]
     nbformat.write(notebook, path)
-    job = papermill(path, devices=2)
+    job = cold_papermill(path, devices=2)
     job.wait()
     assert "after it 0" in job.printed() and "[rank 1] after it 1" in job.printed()
     assert job.leftover() == []
