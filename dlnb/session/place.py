@@ -118,6 +118,8 @@ def leave_process_group(
         deepspeed = sys.modules.get("deepspeed")
         of_deepspeed = deepspeed is not None and deepspeed.comm.is_initialized()
         (deepspeed.comm if of_deepspeed else sys.modules["torch.distributed"]).destroy_process_group()
+    if c10d := sys.modules.get("torch.distributed.distributed_c10d"):
+        c10d._world.group_count = 0  # one whose making was interrupted has taken a number, which all ranks must agree on
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(is_served)}
 
 # %% ../../nbs/session/00_place.ipynb #30e40ca0
@@ -138,13 +140,13 @@ def begun_collectives() -> dict[str, int]:  # empty where there is no process gr
 
 # %% ../../nbs/session/00_place.ipynb #221fd63d
 def close_connections(
-    pids: Iterable[int],  # of the other ranks
+    pids: Iterable[int],  # of the other ranks; this process's may be among them
 ) -> int:  # how many there were
     "Close this process's connections to others of this machine."
     import psutil
 
     ends = set()
-    for pid in pids:
+    for pid in {*pids} - {os.getpid()}:
         with suppress(psutil.Error):
             ends |= {connection.laddr for connection in psutil.Process(pid).net_connections("tcp")}
     to_others = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED and c.raddr in ends]

@@ -10,10 +10,13 @@ import builtins
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from functools import reduce
 from io import BytesIO
 from pathlib import Path
+from queue import SimpleQueue
 from types import FunctionType
 from typing import Any
 
@@ -24,43 +27,84 @@ from .shell import session_shell
 from ..settings.import_path import import_file, is_file_module
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
-class Channel:
-    "The channel to the kernel, and the signals with which the kernel interrupts."
+class Interrupts:
+    "The interrupts of the request that the main thread works on."
 
-    def __init__(self, connection: Any):
-        self.connection = connection
-        self.is_busy = self.is_sending = self.is_interrupted = False
+    def __init__(self):
+        self.working, self.interrupted = 0, -1  # the numbers of the request that is worked on, if any, and of the last that was interrupted
+        self.is_held = self.is_pending = False  # while a message is sent
+        self.is_noticed = True  # by the main thread
 
     def handle_signals(self) -> None:
         for number in (signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.interrupt)
+            signal.signal(number, self.handle)
 
-    def interrupt(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: Any) -> None:
         "The signals' handler."
-        if self.is_sending:
-            self.is_interrupted = True
-        elif self.is_busy:
+        self.is_noticed = True
+        if self.is_held:
+            self.is_pending = True
+        elif self.working:
             raise KeyboardInterrupt
 
+    def begin(self, number: int) -> None:
+        self.working = number
+        if self.interrupted == number:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        self.working, self.is_pending = 0, False
+
+    def interrupt(self, number: int, signal_number: int) -> None:
+        "Called in another thread."
+        self.interrupted = number
+        if self.working == number:
+            self.is_noticed = signal.getsignal(signal_number) != self.handle  # a training's handler waits for the end of the step
+            signal.pthread_kill(threading.main_thread().ident, signal_number)
+
+# %% ../../nbs/session/04_serve.ipynb #2397ae16
+UNNOTICED = 1.0  # seconds after which a main thread that has not noticed an interrupt counts as waiting for another process
+
+
+class Channel:
+    "The channel to the kernel."
+
+    def __init__(self, connection: Any):
+        self.connection, self.received = connection, SimpleQueue[Any]()
+        self.interrupts = Interrupts()
+        self.is_cut_off = False  # from the other ranks
+
+    def listen(self) -> None:
+        "Receive until the channel is closed; in a thread."
+        interrupts, pids = self.interrupts, list[int]()
+        with suppress(EOFError, OSError):
+            while True:
+                if not interrupts.is_noticed and not self.connection.poll(UNNOTICED) and not interrupts.is_noticed:
+                    self.is_cut_off = interrupts.is_noticed = True
+                    close_connections(pids)
+                match self.connection.recv():
+                    case ("interrupt", number, signal_number, pids):
+                        interrupts.interrupt(number, signal_number)
+                    case message:
+                        self.received.put(message)
+        self.received.put(None)
+
     def send(self, message: tuple) -> None:
-        self.is_sending = True
+        interrupts = self.interrupts
+        interrupts.is_held = True
         try:
             self.connection.send(message)
         finally:
-            self.is_sending = False
-        if self.is_interrupted and self.is_busy:
-            self.is_interrupted = False
+            interrupts.is_held = False
+        if interrupts.is_pending and interrupts.working:
+            interrupts.is_pending = False
             raise KeyboardInterrupt
-
-    def receive(self) -> tuple:
-        self.is_interrupted = False
-        return self.connection.recv()
 
     def ask(self, prompt: object = "") -> str:
         "Python's `input`, answered in the kernel's cell."
         sys.stdout.flush()
         self.send(("input", str(prompt)))
-        return self.connection.recv()
+        return self.received.get()
 
 # %% ../../nbs/session/04_serve.ipynb #59fb3d88
 def from_file(path: str, name: str) -> Any:
@@ -134,7 +178,7 @@ class Requests:
 
     def leave(self, port: int, pids: list[int]) -> None:
         leave_process_group(port, is_served=True)
-        close_connections(pid for pid in pids if pid != os.getpid())
+        close_connections(pids)
 
 # %% ../../nbs/session/04_serve.ipynb #7d301335
 def answer(requests: Requests, request: tuple) -> tuple:
@@ -155,22 +199,20 @@ def answer(requests: Requests, request: tuple) -> tuple:
 def serve(place: Place, connection: Any) -> None:
     "Work on requests until the kernel closes the channel."
     channel = Channel(connection)
-    channel.handle_signals()
+    channel.interrupts.handle_signals()
+    threading.Thread(target=channel.listen, daemon=True).start()
     builtins.input = channel.ask
     requests = Requests(place.rank, channel)
     requests.names |= {"rank": place.rank, "world_size": place.world_size}
     channel.send(("ready",))
-    while True:
+    while request := channel.received.get():
         try:
-            request = channel.receive()
-        except (EOFError, OSError):
-            return
-        channel.is_busy = True
-        try:
+            channel.interrupts.begin(request[0])
             answered = answer(requests, request)
-        except KeyboardInterrupt as error:  # while the answer was made
+        except KeyboardInterrupt as error:  # before it was begun, or while the answer was made
             answered = "done", request[0], None, _described(place.rank, error, ["KeyboardInterrupt"])
-        channel.is_busy = False
+        channel.interrupts.end()
         sys.stdout.flush()
         sys.stderr.flush()
-        channel.send((*answered, begun_collectives()))
+        channel.send((*answered, begun_collectives(), channel.is_cut_off))
+        channel.is_cut_off = False

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/session/06_session.ipynb #20a62f9d
-import math
+import os
 import signal
 import tempfile
 import threading
@@ -22,7 +22,7 @@ from ..launch.failure import find_cause
 from ..launch.rank_record import Rank
 from .output import Output
 from .place import Resources
-from .processes import Died, RankProcesses
+from .processes import Died, RankProcess, RankProcesses
 from .serve import dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
 
@@ -102,15 +102,38 @@ def as_error(failure: Rank, content: bytes | None) -> BaseException:
 class Interrupts:
     "Ctrl-C, and Jupyter's Stop button, while ranks work: each is a stronger signal to those that have not answered."
 
-    def __init__(self, processes: RankProcesses, waiting: set[int]):
-        self.processes, self.waiting = processes, waiting
-        self.number, self.first = 0, math.inf  # how many there were, and when the first came, monotonic
+    def __init__(self, processes: list[RankProcess]):
+        self.processes, self.number, self.passed_on = processes, 0, 0  # how many there were, and were passed on
+        self.is_asking = False
 
-    def interrupt(self, *_: Any) -> None:
-        self.number, self.first = self.number + 1, min(self.first, time.monotonic())
-        signal_number = (signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)[min(self.number, 3) - 1]
-        for rank in set(self.waiting):
-            self.processes.processes[rank].signal(signal_number)
+    def count(self, *_: Any) -> None:
+        self.number += 1
+        if self.is_asking:
+            raise KeyboardInterrupt
+
+    def ask(self, prompt: str) -> str | None:
+        "The user's answer, or None after an interrupt."
+        self.is_asking = True
+        try:
+            return input(prompt)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.is_asking = False
+
+    def pass_on(
+        self,
+        request: int,  # its number
+        ranks: set[int],  # that have not answered it
+    ) -> None:
+        if self.number == self.passed_on:
+            return
+        self.passed_on = self.number
+        pids = [os.getpid(), *(process.pid for process in self.processes)]
+        for rank in ranks:
+            if self.number > 2:
+                self.processes[rank].signal(signal.SIGKILL)
+            self.processes[rank].send(("interrupt", request, (signal.SIGUSR1, signal.SIGINT)[self.number > 1], pids))
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -118,7 +141,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self.interrupt)
+        before = signal.signal(signal.SIGINT, self.count)
         try:
             yield
         finally:
@@ -134,8 +157,9 @@ class Exchange:
     def __init__(self, running: RunningRanks, ranks: set[int]):
         self.processes, self.output = running.processes, running.output
         self.answers, self.number = Answers(ranks), next(_numbers)
-        self.interrupts = Interrupts(self.processes, self.answers.waiting)
+        self.interrupts = Interrupts(self.processes.processes)
         self.ended = ""  # why these ranks have ended
+        self.is_cut_off = False  # whether a rank has closed its connections to the others
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
 
     def run(self, request: tuple) -> Answers:
@@ -148,6 +172,7 @@ class Exchange:
                     take(self, rank, message)
                 self.output.show()
                 self.meanwhile()
+                self.interrupts.pass_on(self.number, self.answers.waiting)
                 self.look()
         self.finish()
         self.output.show(last=True)
@@ -164,13 +189,15 @@ def take(exchange: Exchange, rank: int, message: Any) -> None:
         case Died(how):
             exchange.ended = exchange.ended or f"rank {rank}: {how}"
             exchange.answers.fail(rank, "RankDied", how, [f"RankDied: {how}"])
-        case ("done", number, value, failure, begun):
+        case ("done", number, value, failure, begun, is_cut_off):
             if number == exchange.number:  # else it has left a process group
                 exchange.answers.take(rank, value, failure)
+                exchange.is_cut_off |= is_cut_off
                 exchange.processes.groups.begun[rank] = begun
         case ("input", prompt):
             exchange.output.show(last=True)
-            exchange.processes.send(rank, input(f"[rank {rank}] {prompt}"))
+            if (answer := exchange.interrupts.ask(f"[rank {rank}] {prompt}")) is not None:
+                exchange.processes.send(rank, answer)
         case ("ready",):
             pass
         case _:
@@ -202,7 +229,6 @@ class Departure:
                 processes[rank].send((0, "leave", self.port, pids))
 
 # %% ../../nbs/session/06_session.ipynb #567166f8
-BLOCKED = 1.0  # seconds after which a rank that has not answered to an interrupt counts as waiting in a collective
 ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
@@ -220,18 +246,12 @@ class WatchedExchange(Exchange):
     def leave(self, ranks: set[int]) -> None:
         self.departure.leave(ranks, in_cell=bool(self.answers.waiting))
 
-    @property
-    def all_ranks(self) -> set[int]:
-        return set(range(len(self.processes.processes)))
-
     def look(self) -> None:
         "Look for ranks that wait for another one, or make no progress."
         if self.answers.waiting and self.watch.look():
             self.abort(self.watch.describe(), collect_stacks(self.watch.folder, self.watch.ranks))
         elif self.answers.waiting and self.answers.since_failure > ABORT_AFTER:
             self.rescue()
-        elif not self.answers.values and time.monotonic() - self.interrupts.first > BLOCKED:
-            self.leave(self.all_ranks - self.answers.waiting)  # what they wait for may be one that is idle
 
     def rescue(self) -> None:
         "Have the ranks that have answered leave the process group, and later give up the others."
@@ -247,11 +267,11 @@ class WatchedExchange(Exchange):
             self.answers.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
 
     def finish(self) -> None:
-        "Have all ranks meet in a new store next time, where some have been asked to, or they are out of step, or have no group any more."
+        "Have all ranks meet in a new store next time, where some have been asked to, or they are cut off or out of step, or have no group any more."
         groups = self.processes.groups
-        is_spoilt = self.interrupts.number > 0 and groups.is_out_of_step
+        is_spoilt = self.is_cut_off or (self.interrupts.number > 0 and groups.is_out_of_step)
         if self.departure.left or is_spoilt or groups.store_is_stale:
-            self.leave(self.all_ranks)
+            self.leave(set(range(len(self.processes.processes))))
 
 # %% ../../nbs/session/06_session.ipynb #93afa973
 class RankService:

@@ -114,6 +114,29 @@ def test_an_interrupt_reaches_a_rank_that_waits_for_one_which_does_nothing(group
     assert group.run("ranks['total.item()']").value == "[2.0, 2.0]"
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "distributed.recv(torch.zeros(1), src=1 - rank)",
+        "distributed.all_reduce(torch.ones(1)) if rank else distributed.broadcast(torch.ones(3), 0)\ndistributed.barrier()",
+        "if rank == 0: distributed.init_process_group('gloo')",
+        "input('the answer') if rank == 0 else distributed.barrier()",
+    ],
+    ids=["recv", "different collectives", "process group", "input"],
+)
+def test_an_interrupt_reaches_ranks_that_nothing_else_frees(group, cell):
+    if "init_process_group" in cell:
+        group.run("%%ranks\ndistributed.destroy_process_group()")
+    pids = group.run("ranks['__import__(\"os\").getpid()']").value
+    began = time.monotonic()
+    shown = group.run(f"%%ranks\nkept = rank\nprint('begun', flush=True)\n{cell}", interrupt_after="begun")
+    assert shown.error.startswith("KeyboardInterrupt") and time.monotonic() - began < 15
+    meet = "if not distributed.is_initialized():\n    distributed.init_process_group('gloo')"
+    assert group.run(f"%%ranks\n{meet}\ntotal = torch.ones(1)\ndistributed.all_reduce(total)").error == ""
+    assert group.run("ranks['kept, total.item()']").value == "[(0, 2.0), (1, 2.0)]"
+    assert group.run("ranks['__import__(\"os\").getpid()']").value == pids
+
+
 def test_an_interrupt_between_two_collectives_leaves_no_ranks_that_are_out_of_step(group):
     wait = "%%ranks\nimport time\ndistributed.barrier()\n{}\nif rank == 0: print('begun', flush=True)\ntime.sleep(60)"
     assert group.run(wait.format(""), interrupt_after="begun").error.startswith("KeyboardInterrupt")
