@@ -154,3 +154,15 @@ def close_connections(
         with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as end:
             end.shutdown(socket.SHUT_RDWR)
     return len(to_others)
+
+
+def abandon_collectives(
+    pids: Iterable[int],  # of the processes that this one may wait for
+) -> None:
+    "Have the collectives that this process waits in fail. Called in another thread than waits."
+    close_connections(pids)
+    if has_process_group():
+        from torch.distributed.distributed_c10d import _world
+
+        for group in list(_world.pg_names):
+            group.abort()  # nothing under gloo

@@ -168,6 +168,11 @@ class RankProcesses:
     def send(self, rank: int, message: Any) -> None:
         self.processes[rank].send(message)
 
+    @property
+    def pids(self) -> list[int]:
+        "Of what a rank may wait for: the other ranks, and this process, which serves the store."
+        return [os.getpid(), *(process.pid for process in self.processes)]
+
     def end(self) -> None:
         "End all of them."
         for process in self.processes:

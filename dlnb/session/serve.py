@@ -22,7 +22,7 @@ from typing import Any
 
 from ..launch.rank_record import Rank
 from .comms import receive_comm
-from .place import Place, begun_collectives, close_connections, leave_process_group
+from .place import Place, abandon_collectives, begun_collectives, close_connections, leave_process_group
 from .shell import session_shell
 from ..settings.import_path import import_file, is_file_module
 
@@ -72,7 +72,7 @@ class Channel:
     def __init__(self, connection: Any):
         self.connection, self.received = connection, SimpleQueue[Any]()
         self.interrupts = Interrupts()
-        self.is_cut_off = False  # from the other ranks
+        self.is_cut_off = False  # from the other ranks, by an interrupt
 
     def listen(self) -> None:
         "Receive until the channel is closed; in a thread."
@@ -81,10 +81,12 @@ class Channel:
             while True:
                 if not interrupts.is_noticed and not self.connection.poll(UNNOTICED) and not interrupts.is_noticed:
                     self.is_cut_off = interrupts.is_noticed = True
-                    close_connections(pids)
+                    abandon_collectives(pids)
                 match self.connection.recv():
                     case ("interrupt", number, signal_number, pids):
                         interrupts.interrupt(number, signal_number)
+                    case ("abandon", pids):
+                        abandon_collectives(pids)
                     case message:
                         self.received.put(message)
         self.received.put(None)

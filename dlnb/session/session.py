@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/session/06_session.ipynb #20a62f9d
-import os
 import signal
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from ..launch.failure import find_cause
 from ..launch.rank_record import Rank
 from .output import Output
 from .place import Resources
-from .processes import Died, RankProcess, RankProcesses
+from .processes import Died, RankProcesses
 from .serve import dumped, serve
 from ..system.progress import ProgressWatch, collect_stacks
 
@@ -102,7 +101,7 @@ def as_error(failure: Rank, content: bytes | None) -> BaseException:
 class Interrupts:
     "Ctrl-C, and Jupyter's Stop button, while ranks work: each is a stronger signal to those that have not answered."
 
-    def __init__(self, processes: list[RankProcess]):
+    def __init__(self, processes: RankProcesses):
         self.processes, self.number, self.passed_on = processes, 0, 0  # how many there were, and were passed on
         self.is_asking = False
 
@@ -129,11 +128,10 @@ class Interrupts:
         if self.number == self.passed_on:
             return
         self.passed_on = self.number
-        pids = [os.getpid(), *(process.pid for process in self.processes)]
         for rank in ranks:
             if self.number > 2:
-                self.processes[rank].signal(signal.SIGKILL)
-            self.processes[rank].send(("interrupt", request, (signal.SIGUSR1, signal.SIGINT)[self.number > 1], pids))
+                self.processes.processes[rank].signal(signal.SIGKILL)
+            self.processes.send(rank, ("interrupt", request, (signal.SIGUSR1, signal.SIGINT)[self.number > 1], self.processes.pids))
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -157,7 +155,7 @@ class Exchange:
     def __init__(self, running: RunningRanks, ranks: set[int]):
         self.processes, self.output = running.processes, running.output
         self.answers, self.number = Answers(ranks), next(_numbers)
-        self.interrupts = Interrupts(self.processes.processes)
+        self.interrupts = Interrupts(self.processes)
         self.ended = ""  # why these ranks have ended
         self.is_cut_off = False  # whether a rank has closed its connections to the others
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
@@ -204,32 +202,18 @@ def take(exchange: Exchange, rank: int, message: Any) -> None:
             exchange.output.handle(message)
 
 # %% ../../nbs/session/06_session.ipynb #daaf2efa
-class Departure:
-    "Ranks leave their process groups, which are of no use any more, and meet in a new store next time."
-
-    def __init__(self, processes: RankProcesses):
-        self.processes = processes
-        self.left: set[int] = set()  # ranks that were asked to leave
-        self.port = 0  # of the store where they meet again
-
-    def leave(
-        self,
-        ranks: set[int],
-        in_cell: bool,  # whether a rank is still in a cell, where it may wait for another one
-    ) -> None:
-        "Ask those that have not been asked before."
-        groups, processes = self.processes.groups, self.processes.processes
-        self.port = self.port or groups.open_store()
-        may_wait = in_cell or any(groups.begun.values())  # the latter for a thread of torch
-        pids = [process.pid for process in processes] if may_wait else []
-        for rank in ranks - self.left:
-            if not processes[rank].has_died:
-                self.left.add(rank)
-                groups.begun[rank] = {}
-                processes[rank].send((0, "leave", self.port, pids))
+def leave_process_groups(processes: RankProcesses) -> None:
+    "Have all ranks leave their process groups, which are of no use any more, and meet in a new store next time."
+    groups, port = processes.groups, processes.groups.open_store()
+    may_wait = any(groups.begun.values())  # a thread of torch
+    pids = [process.pid for process in processes.processes] if may_wait else []
+    for rank, process in enumerate(processes.processes):
+        if not process.has_died:
+            groups.begun[rank] = {}
+            process.send((0, "leave", port, pids))
 
 # %% ../../nbs/session/06_session.ipynb #567166f8
-ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then those that have answered leave the process group
+ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then they abandon the collective that they are in
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
 
@@ -241,10 +225,7 @@ class WatchedExchange(Exchange):
 
     def __init__(self, running: RunningRanks, ranks: set[int]):
         super().__init__(running, ranks)
-        self.watch, self.departure = running.watch, Departure(running.processes)
-
-    def leave(self, ranks: set[int]) -> None:
-        self.departure.leave(ranks, in_cell=bool(self.answers.waiting))
+        self.watch = running.watch
 
     def look(self) -> None:
         "Look for ranks that wait for another one, or make no progress."
@@ -254,8 +235,11 @@ class WatchedExchange(Exchange):
             self.rescue()
 
     def rescue(self) -> None:
-        "Have the ranks that have answered leave the process group, and later give up the others."
-        self.leave(set(self.answers.values))
+        "Have the ranks that have not answered abandon what they wait in, and later give them up."
+        if not self.is_cut_off:
+            self.is_cut_off = True
+            for rank in self.answers.waiting:
+                self.processes.send(rank, ("abandon", self.processes.pids))
         in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
         if self.answers.since_failure > ABORT_AFTER + (DEATH_PATIENCE if in_vain else PATIENCE):
             self.abort("it waited for another rank, which had failed", {})
@@ -267,11 +251,11 @@ class WatchedExchange(Exchange):
             self.answers.fail(rank, WAITS, how, [f"{WAITS}: {how}", stacks.get(rank, "")])
 
     def finish(self) -> None:
-        "Have all ranks meet in a new store next time, where some have been asked to, or they are cut off or out of step, or have no group any more."
+        "Have all ranks meet in a new store next time, where they are cut off or out of step, or have no group any more."
         groups = self.processes.groups
-        is_spoilt = self.is_cut_off or (self.interrupts.number > 0 and groups.is_out_of_step)
-        if self.departure.left or is_spoilt or groups.store_is_stale:
-            self.leave(set(range(len(self.processes.processes))))
+        is_out_of_step = self.interrupts.number > 0 and groups.is_out_of_step
+        if self.is_cut_off or is_out_of_step or groups.store_is_stale:
+            leave_process_groups(self.processes)
 
 # %% ../../nbs/session/06_session.ipynb #93afa973
 class RankService:
