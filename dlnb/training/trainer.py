@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.activation_checkpointing import ActivationCheckpointing
+from ..callbacks.averaging import WeightAveraging
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
 from ..callbacks.exclude_frozen import ExcludeFrozen
 from ..callbacks.hyperparameters import PlainHyperparameters
@@ -25,6 +26,7 @@ from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
+from ..callbacks.schedule_free import ScheduleFree
 from ..callbacks.start_from import StartFrom
 from ..callbacks.throughput import MeasureThroughput
 from ..callbacks.torch_compile import TorchCompile
@@ -91,7 +93,7 @@ def build_trainer(
     given = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
     recorder, own = RunRecorder(record, config), [*given, *more]
     callbacks: list[Callback] = [_measuring(own, record), CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
-    callbacks += [LearningRateMonitor("step"), *_chosen(config)]
+    callbacks += [LearningRateMonitor("step"), ScheduleFree(), *_chosen(config)]
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in config.passed_to("trainer")}
     arguments |= {
         "accumulate_grad_batches": plan.accumulate_grad_batches,
@@ -130,8 +132,14 @@ def _starting(plan: RunPlan) -> list[Callback]:
 
 
 def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
-    "Raise `ValueError` for callbacks of Lightning that copy the model, which is empty where ZeRO has partitioned it."
+    "Raise `ValueError` for callbacks that average what is averaged already, and for those that copy a model that ZeRO has partitioned."
     for callback in callbacks:
+        if config.optimizer == "AdamWScheduleFree" and isinstance(
+            callback, (WeightAveraging, LightningAveraging, StochasticWeightAveraging)
+        ):
+            raise ValueError(
+                f"callbacks: {type(callback).__name__} averages the weights, which optimizer='AdamWScheduleFree' does itself. Leave one out."
+            )
         if config.resolved.strategy.startswith("deepspeed") and isinstance(callback, (LightningAveraging, StochasticWeightAveraging)):
             raise ValueError(
                 f"callbacks: {type(callback).__name__} copies the model, which strategy={config.strategy!r} does not have in one piece. "
