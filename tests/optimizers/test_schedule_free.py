@@ -6,12 +6,16 @@ from safetensors.torch import load_file
 from traced import TracedDigits, TracedNet
 from trainings import SETTINGS, Training, difference
 
+from dlnb.config import RunConfig
 from dlnb.optimizers.groups import parameter_groups
+from dlnb.trainer import fit
 
 schedulefree = pytest.importorskip("schedulefree")
 pytestmark = pytest.mark.timeout(400)
 SCHEDULE_FREE = dict(optimizer="AdamWScheduleFree", max_epochs=2, save_every_n_steps=5)
-SHARDED = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "deepspeed_stage_3_offload"]
+SEVERAL_PARTS = {"zero_optimization": {"sub_group_size": 500}}  # of a group, which stage 3 steps one after the other
+ALIKE = [("ddp", {}), ("deepspeed_stage_3", SEVERAL_PARTS)]
+ALIKE += [pytest.param(f"deepspeed_stage_{stage}", {}, marks=pytest.mark.soak) for stage in ("1", "2", "2_offload", "3_offload")]
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +23,11 @@ def trained(tmp_path_factory):
     "A training, made once for each strategy and number of ranks; with an optimizer step, one that stops there."
     made = {}
 
-    def trained(strategy: str, ranks: int, stop_at: int = -1) -> Training:
-        key = strategy, ranks, stop_at
+    def trained(strategy: str, ranks: int, stop_at: int = -1, **strategy_args) -> Training:
+        key = strategy, ranks, stop_at, *strategy_args
+        settings = SCHEDULE_FREE | {"strategy_args": strategy_args}
         if key not in made:
-            made[key] = Training(tmp_path_factory.mktemp("free"), strategy, ranks, {"STOP_AT": str(stop_at)}, **SCHEDULE_FREE)
+            made[key] = Training(tmp_path_factory.mktemp("free"), strategy, ranks, {"STOP_AT": str(stop_at)}, **settings)
             assert made[key].done.returncode == 0 or stop_at > 0, made[key].done.stderr[-3000:]
         return made[key]
 
@@ -62,20 +67,20 @@ def test_one_device_trains_the_packages_bytes_and_saves_its_average(trained):
     assert max((steps[name] - average[name]).abs().max() for name in names) > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_two_ranks_train_what_one_device_does(trained, strategy):
-    found = trained(strategy, 2)
+@pytest.mark.parametrize("strategy, strategy_args", ALIKE)
+def test_two_ranks_train_what_one_device_does(trained, strategy, strategy_args):
+    found = trained(strategy, 2, **strategy_args)
     assert difference(found, trained("ddp", 1)) < 1e-5
     assert difference(found, trained("ddp", 2)) == 0
     assert found.record["metrics"]["val_acc"] == pytest.approx(trained("ddp", 1).record["metrics"]["val_acc"])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
-def test_it_resumes_to_the_same_bytes(trained, tmp_path, strategy):
-    stopped = trained(strategy, 2, stop_at=48)
-    again = Training(tmp_path, strategy, 2, resume=str(stopped.folder), **SCHEDULE_FREE)
+@pytest.mark.parametrize("strategy, strategy_args", ALIKE)
+def test_it_resumes_to_the_same_bytes(trained, tmp_path, strategy, strategy_args):
+    stopped = trained(strategy, 2, stop_at=48, **strategy_args)
+    again = Training(tmp_path, strategy, 2, resume=str(stopped.folder), strategy_args=strategy_args, **SCHEDULE_FREE)
     assert again.record["status"] == "finished" and "step 45" in again.done.stdout, again.done.stderr[-3000:]
-    assert difference(again, trained(strategy, 2)) == 0
+    assert difference(again, trained(strategy, 2, **strategy_args)) == 0
 
 
 def test_how_often_it_is_saved_and_validated_changes_no_bit(trained, tmp_path):
@@ -83,21 +88,23 @@ def test_how_often_it_is_saved_and_validated_changes_no_bit(trained, tmp_path):
     assert difference(rare, trained("ddp", 1)) == 0
 
 
-CASES = [("ddp", 2, "deepspeed_stage_3", 1), ("deepspeed_stage_3", 2, "ddp", 1)]
-MORE = [("deepspeed_stage_2", 2, "deepspeed_stage_3", 4), ("deepspeed_stage_3", 2, "deepspeed_stage_1", 1)]
+CASES = [("ddp", {}, "deepspeed_stage_3", 1), ("deepspeed_stage_3", SEVERAL_PARTS, "ddp", 1)]
+MORE = [("deepspeed_stage_2", {}, "deepspeed_stage_3", 4), ("deepspeed_stage_3", SEVERAL_PARTS, "deepspeed_stage_1", 1)]
 
 
-@pytest.mark.parametrize("strategy, ranks, then, ranks_then", [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in MORE)])
-def test_it_goes_along_to_other_ranks_and_strategies(trained, tmp_path, strategy, ranks, then, ranks_then):
-    stopped = trained(strategy, ranks, stop_at=48)
+@pytest.mark.parametrize(
+    "strategy, strategy_args, then, ranks_then", [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in MORE)]
+)
+def test_it_goes_along_to_other_ranks_and_strategies(trained, tmp_path, strategy, strategy_args, then, ranks_then):
+    stopped = trained(strategy, 2, stop_at=48, **strategy_args)
     again = Training(tmp_path, then, ranks_then, resume=str(stopped.folder), **SCHEDULE_FREE)
     assert again.record["status"] == "finished" and "starts without its saved state" not in again.done.stderr, again.done.stderr[-3000:]
     assert difference(again, trained("ddp", 2)) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])
-def test_the_weights_for_inference_are_the_average_that_was_validated(trained, strategy):
-    found = trained(strategy, 2)
+@pytest.mark.parametrize("strategy, strategy_args", ALIKE[:2])
+def test_the_weights_for_inference_are_the_average_that_was_validated(trained, strategy, strategy_args):
+    found = trained(strategy, 2, **strategy_args)
     model, data = TracedNet(**SETTINGS["model_args"]).eval(), TracedDigits("val")
     model.load_state_dict(load_file(found.folder / "model.safetensors"))
     with torch.no_grad():
@@ -105,11 +112,25 @@ def test_the_weights_for_inference_are_the_average_that_was_validated(trained, s
     assert loss.item() == pytest.approx(found.record["best_metrics"]["val_loss"], rel=1e-4)
 
 
-def refused(root, strategy="ddp", ranks=2, **settings) -> str:
-    found = Training(root, strategy, ranks, **SCHEDULE_FREE | settings)
-    assert found.done.returncode != 0 and "rank1" not in found.done.stderr
-    return found.done.stderr
+def test_an_end_of_no_schedule_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(ValueError, match="eta_min_ratio=0.1 would change nothing: optimizer='AdamWScheduleFree' keeps its learning rate"):
+        fit(RunConfig(**SETTINGS | SCHEDULE_FREE, strategy="ddp", devices=2, eta_min_ratio=0.1, root=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_is_refused_before_a_rank_is_started(tmp_path):
-    assert "eta_min_ratio=0.1 would change nothing" in refused(tmp_path / "1", eta_min_ratio=0.1)
+def test_an_average_of_the_average_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="WeightAveraging averages the weights, which optimizer='AdamWScheduleFree' does itself"):
+        fit(RunConfig(**SETTINGS | SCHEDULE_FREE, devices=1, root=str(tmp_path), callbacks=["dlnb.callbacks.averaging:WeightAveraging"]))
+
+
+class Normed(TracedNet):
+    def __init__(self):
+        super().__init__(width=9, dropout=0.0)
+        self.layers[1] = torch.nn.BatchNorm2d(9)
+
+
+def test_the_statistics_of_a_batch_norm_are_reported(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TRACE", str(tmp_path))
+    settings = SETTINGS | SCHEDULE_FREE | {"model": f"{__file__}:Normed", "model_args": {}, "max_epochs": 1}
+    fit(RunConfig(**settings, devices=1, root=str(tmp_path)))
+    assert "the batch norms of Normed have statistics of the weights that are trained" in caplog.text
