@@ -50,26 +50,6 @@ def choose_optimizer(
         return "FusedAdam"
     return "AdamW_fused" if device in _TORCH_FUSES_ON else "AdamW"
 
-# %% ../nbs/03_optim.ipynb #86fb1043
-def _check_of_package(name: str, strategy: str | Strategy, device: str, remedy: str) -> None:
-    "Raises as `check_optimizer`, for one of PACKAGES."
-    if find_spec(PACKAGES[name]) is None:
-        raise ModuleNotFoundError(f"optimizer={name!r} is of the package {PACKAGES[name]}: pip install {PACKAGES[name]}, or {remedy}")
-    offload = optimizer_offload(strategy)
-    if name == "AdamWScheduleFree" and (offload.get("device") == "nvme" or offload.get("ratio", 1) < 1):
-        raise ValueError(
-            f"optimizer={name!r} exchanges the weights for their average, but {_named(strategy)} has them in files, or steps on some by another "
-            "optimizer. Offload all to the CPU (deepspeed_stage_2_offload, deepspeed_stage_3_offload), or " + remedy
-        )
-    is_sharded = strategy.startswith("deepspeed") if isinstance(strategy, str) else isinstance(strategy, DeepSpeedStrategy)
-    if name == "AdamW8bit" and is_sharded:
-        raise ValueError(
-            f"optimizer={name!r} quantizes blocks of a whole weight, but {_named(strategy)} steps on parts of many weights in one vector. Use "
-            f"strategy 'ddp' or one device, or {remedy}"
-        )
-    if name == "AdamW8bit" and device not in ("cuda", "cpu"):
-        raise ValueError(f"optimizer={name!r} runs on accelerator='cuda' or 'cpu', not on {device!r}; {remedy}")
-
 # %% ../nbs/03_optim.ipynb #2e47ec35
 def _named(strategy: str | Strategy) -> str:
     return f"strategy {strategy!r}" if isinstance(strategy, str) else type(strategy).__name__
@@ -92,6 +72,26 @@ def check_optimizer(name: str, strategy: str | Strategy, device: str) -> None:
         raise ValueError(f"optimizer={name!r} steps in host memory, but {under} keeps it on the GPU; {remedy}")
     if name == "FusedAdam" and on_host and device == "cuda":
         raise ValueError(f"optimizer={name!r} steps on the GPU, but {under} offloads it to the CPU; {remedy}")
+
+# %% ../nbs/03_optim.ipynb #86fb1043
+def _check_of_package(name: str, strategy: str | Strategy, device: str, remedy: str) -> None:
+    "Raises as `check_optimizer`, for one of PACKAGES."
+    if find_spec(PACKAGES[name]) is None:
+        raise ModuleNotFoundError(f"optimizer={name!r} is of the package {PACKAGES[name]}: pip install {PACKAGES[name]}, or {remedy}")
+    offload = optimizer_offload(strategy)
+    if name == "AdamWScheduleFree" and (offload.get("device") == "nvme" or offload.get("ratio", 1) < 1):
+        raise ValueError(
+            f"optimizer={name!r} exchanges the weights for their average, but {_named(strategy)} has them in files, or steps on some by another "
+            "optimizer. Offload all to the CPU (deepspeed_stage_2_offload, deepspeed_stage_3_offload), or " + remedy
+        )
+    is_sharded = strategy.startswith("deepspeed") if isinstance(strategy, str) else isinstance(strategy, DeepSpeedStrategy)
+    if name == "AdamW8bit" and is_sharded:
+        raise ValueError(
+            f"optimizer={name!r} quantizes blocks of a whole weight, but {_named(strategy)} steps on parts of many weights in one vector. Use "
+            f"strategy 'ddp' or one device, or {remedy}"
+        )
+    if name == "AdamW8bit" and device not in ("cuda", "cpu"):
+        raise ValueError(f"optimizer={name!r} runs on accelerator='cuda' or 'cpu', not on {device!r}; {remedy}")
 
 # %% ../nbs/03_optim.ipynb #00c02083
 def _resolve_optimizer(name: str, strategy: str | Strategy, device: str) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..optimizers.schedule_free import ScheduleFreeSwitch, averaged_weights, set_training
 from ..system.log import log
@@ -28,7 +27,7 @@ def _check(optimizer: Any, module: LightningModule) -> None:
             f"optimizer='AdamWScheduleFree': {type(optimizer).__name__} steps on copies of the weights. Use a stage of ZeRO, 'ddp', or "
             "optimizer='auto'."
         )
-    if any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules()):
+    if any(getattr(part, "running_mean", None) is not None for part in module.modules()):
         log.warning(
             f"optimizer='AdamWScheduleFree': the batch norms of {type(module).__name__} have statistics of the weights that are trained, not "
             "of the average that is validated and saved. Use another norm, or compute them again for the average."

@@ -27,14 +27,19 @@ def _plain(entries: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _quantized(entries: dict[str, Any]) -> dict[str, Any]:
-    "The states of which `_plain` has made these."
+def _zeros(name: str, like: Tensor, block_size: int) -> Any:
+    "A quantized state of zeros, of a weight's shape."
     from torchao.optim.subclass_8bit import OptimState8bit
 
+    return OptimState8bit.zeros(like.shape, name == "exp_avg", block_size, like.device)
+
+
+def _quantized(entries: dict[str, Any]) -> dict[str, Any]:
+    "The states of which `_plain` has made these."
     states = {name: value for name, value in entries.items() if name.rpartition(".")[2] not in PARTS}
     for name in (name.removesuffix(".codes") for name in entries if name.endswith(".codes")):
         codes, scale = (entries[f"{name}.{part}"] for part in PARTS)
-        state = OptimState8bit.zeros(codes.shape, name == "exp_avg", codes.numel() // scale.numel(), codes.device)
+        state = _zeros(name, codes, codes.numel() // scale.numel())
         state.codes.copy_(codes)
         state.scale.copy_(scale)
         states[name] = state
@@ -47,7 +52,6 @@ class EightBitStates:
     param_groups: list[dict[str, Any]]
     state: dict[Tensor, dict[str, Any]]
     block_size: int
-    _new_buffer: Callable[[Tensor, bool], Tensor]  # torchao's: zeros, with signs or without, quantized where the weight is large enough
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
@@ -63,7 +67,7 @@ class EightBitStates:
         state = self.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
             if type(state.get(name)) is Tensor:
-                state[name] = self._new_buffer(parameter, name == "exp_avg").copy_(state[name])
+                state[name] = _zeros(name, parameter, self.block_size).to(parameter.dtype).copy_(state[name])
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()  # type: ignore[misc]
