@@ -6,21 +6,34 @@
 __all__ = ['ScheduleFree']
 
 # %% ../../nbs/callbacks/17_schedule_free.ipynb #f592bb78
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 
+from .averaging import WeightAveraging
 from ..optimizers.schedule_free import ScheduleFreeSwitch, averaged_weights, set_training
 from ..system.log import log
 from ..system.zero_internals import is_stage_1_or_2, is_stage_3
 
 # %% ../../nbs/callbacks/17_schedule_free.ipynb #02a9aed3
-def _check(optimizer: Any, module: LightningModule) -> None:
-    "Raise `ValueError` where the optimizer steps on other tensors than the model's; warn where the model has statistics of a batch."
+def check_averaged_once(callbacks: Iterable[Callback]) -> None:
+    "Raise `ValueError` for callbacks that average the weights as the optimizer does."
+    for callback in callbacks:
+        if isinstance(callback, (WeightAveraging, LightningAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"callbacks: {type(callback).__name__} averages the weights, which optimizer='AdamWScheduleFree' does itself. Leave one out."
+            )
+
+
+def _check(optimizer: Any, module: LightningModule, callbacks: Iterable[Callback] = ()) -> None:
+    "Raise `ValueError` where something else averages, or the optimizer steps on other tensors than the model's; warn of statistics of batches."
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inner, ScheduleFreeSwitch):
         return
+    check_averaged_once(callbacks)
     own = {id(parameter) for parameter in module.parameters()}
     if not (is_stage_1_or_2(optimizer) or is_stage_3(optimizer)) and any(id(p) not in own for g in inner.param_groups for p in g["params"]):
         raise ValueError(
@@ -55,7 +68,7 @@ class ScheduleFree(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            _check(optimizer, pl_module)
+            _check(optimizer, pl_module, trainer.callbacks)
             set_training(optimizer, True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..callbacks.activation_checkpointing import ActivationCheckpointing
-from ..callbacks.averaging import WeightAveraging
 from ..callbacks.checks import CheckBatches, CheckLengths, CheckMonitor
 from ..callbacks.exclude_frozen import ExcludeFrozen
 from ..callbacks.hyperparameters import PlainHyperparameters
@@ -26,7 +25,7 @@ from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
-from ..callbacks.schedule_free import ScheduleFree
+from ..callbacks.schedule_free import ScheduleFree, check_averaged_once
 from ..callbacks.start_from import StartFrom
 from ..callbacks.throughput import MeasureThroughput
 from ..callbacks.torch_compile import TorchCompile
@@ -133,13 +132,9 @@ def _starting(plan: RunPlan) -> list[Callback]:
 
 def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
     "Raise `ValueError` for callbacks that average what is averaged already, and for those that copy a model that ZeRO has partitioned."
+    if config.optimizer == "AdamWScheduleFree":
+        check_averaged_once(callbacks)
     for callback in callbacks:
-        if config.optimizer == "AdamWScheduleFree" and isinstance(
-            callback, (WeightAveraging, LightningAveraging, StochasticWeightAveraging)
-        ):
-            raise ValueError(
-                f"callbacks: {type(callback).__name__} averages the weights, which optimizer='AdamWScheduleFree' does itself. Leave one out."
-            )
         if config.resolved.strategy.startswith("deepspeed") and isinstance(callback, (LightningAveraging, StochasticWeightAveraging)):
             raise ValueError(
                 f"callbacks: {type(callback).__name__} copies the model, which strategy={config.strategy!r} does not have in one piece. "
