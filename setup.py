@@ -1,6 +1,7 @@
 """Packaging, read from settings.ini: the dependencies and pins stand there once."""
 
 from configparser import ConfigParser
+from itertools import chain
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -23,6 +24,7 @@ class SourceDistribution(sdist):
         super().make_distribution()
 
 
+extras = {name: requirements(f"{name}_requirements") for name in ("app", "optimizers")}
 template = [".gitignore", "README.md", "settings.ini", "setup.py", "nbs/*.ipynb", "my_project/*.py", "tests/*.py"]
 setup(
     name=settings["lib_name"],
@@ -45,7 +47,7 @@ setup(
     cmdclass={"sdist": SourceDistribution},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
-    extras_require={"app": requirements("app_requirements"), "dev": requirements("dev_requirements") + requirements("app_requirements")},
+    extras_require={**extras, "dev": [*requirements("dev_requirements"), *chain(*extras.values())]},
     entry_points={
         "papermill.engine": ["dlnb = dlnb.engine:DlnbEngine"],
         "nbdev": ["dlnb = dlnb._modidx:d"],

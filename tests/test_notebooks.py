@@ -26,6 +26,7 @@ LONG = "11_examples 10_tuner 04_strategy 05_trial index 07_trainer 04_launcher 0
 LONG += (
     "14_find_strategy 03_probe 14_partition 04_trial_ranks 09_scheduler 05_on_ranks 17_supervisor".split()
 )  # all of them 20 seconds, and more
+NEEDED = {"05_schedule_free": "schedulefree", "17_schedule_free": "schedulefree", "06_eight_bit": "torchao"}
 # They look at what a process imports, and know processes by their ids.
 COLD = ("04_strategy", "06_lock", "07_progress", "00_place", "17_supervisor")
 
@@ -37,6 +38,7 @@ COLD = ("04_strategy", "06_lock", "07_progress", "00_place", "17_supervisor")
     ids=lambda path: path.relative_to(REPOSITORY / "nbs").with_suffix("").as_posix(),
 )
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+    pytest.importorskip(NEEDED.get(path.stem, "torch"))
     folder = tmp_path / path.parent.name
     folder.mkdir()
     shutil.copy(path, folder)

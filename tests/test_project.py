@@ -114,7 +114,7 @@ def test_a_module_imports_only_what_stands_before_it(module):
 def test_every_package_that_is_imported_is_required():
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(REPOSITORY / "settings.ini")
-    lines = settings["DEFAULT"]["requirements"].split("\n")
+    lines = [line for part in ("requirements", "optimizers_requirements") for line in settings["DEFAULT"][part].split("\n")]
     required = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_").lower() for line in lines if line.strip()}
     names = (
         {"sklearn": "scikit_learn", "yaml": "pyyaml", "IPython": "ipython"}

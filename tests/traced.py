@@ -1,7 +1,7 @@
 """A model and data that write down which samples they are trained on, and a script that trains them: `traced.py SETTINGS`.
 
 `TRACE` names a folder for the samples' numbers. `STOP_AT`, an optimizer step, ends the training there with an error, where `STOP_ONCE`
-names a file only once. `SAVE_START` names a checkpoint to save before the first step. `KILL` says when the process kills itself."""
+names a file only once. `EAGER` leaves out compilations. `SAVE_START` names a checkpoint to save before the first step. `KILL` says when the process kills itself."""
 
 import json
 import os
@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 
 from dlnb.examples import Digits, DigitsNet
+
+if "EAGER" in os.environ:
+    torch.compiler.set_stance("force_eager")
 
 
 class TracedDigits(Digits):

@@ -18,6 +18,7 @@ from ..formats.elements import read_elements
 from ..formats.layout import Weight
 from ..formats.optimizer_states import States
 from ..optimizers.muon import MUON
+from ..optimizers.schedule_free import set_training
 
 # %% ../../nbs/checkpoint/15_fill.ipynb #62e455d0
 def put_values(target: torch.Tensor, at: int, values: torch.Tensor) -> None:
@@ -79,7 +80,9 @@ def _states_of(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> dict[str
         tensor = torch.zeros(1, 3, device=like.device, dtype=like.dtype, requires_grad=True)
         tensor.grad = torch.zeros_like(tensor)
         other = type(optimizer)([{"params": [tensor]} | {name: group[name] for name in MUON if name in group}], **defaults)
+        set_training(other, True)
         other.step()
+        set_training(other, False)  # as it is in a checkpoint
         states |= other.state[tensor]
     return states
 

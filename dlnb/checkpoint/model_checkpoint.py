@@ -20,6 +20,7 @@ from .exact_resume import ExactResume
 from .manifest import KEY, Manifest
 from .training_manifest import LeavesOut, manifest_of
 from .writer import Writer
+from ..optimizers.schedule_free import averaged_weights
 from ..system.trainer_internals import is_between_epochs
 
 # %% ../../nbs/checkpoint/13_model_checkpoint.ipynb #7e50e817
@@ -188,9 +189,9 @@ class AtomicCheckpoint(NewestCheckpoint):
         collect_states(trainer)
         wanted, unwanted = self.take_due(trainer)
         manifest = manifest_of(trainer, self.identity, self.sources)
-        save_checkpoint(
-            trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes_of(trainer, manifest), background=background
-        )
+        notes = notes_of(trainer, manifest)
+        with averaged_weights(trainer.optimizers):
+            save_checkpoint(trainer, self.writer, manifest, *wanted, removals=unwanted, notes=notes, background=background)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)
 

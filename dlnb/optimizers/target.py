@@ -61,9 +61,16 @@ def zero_stage(
     return _zero_config(strategy).get("stage", 0)
 
 
+def optimizer_offload(
+    strategy: str | Strategy,  # a name that Lightning registers, or a strategy object
+) -> dict:  # of DeepSpeed's configuration, such as {"device": "cpu"}
+    "How the optimizer's state and its step are offloaded; {} where they are not."
+    offload = _zero_config(strategy).get("offload_optimizer") or {}
+    return offload if offload.get("device", "none") not in ("none", None) else {}
+
+
 def offloads_optimizer(
     strategy: str | Strategy,  # a name that Lightning registers, or a strategy object
 ) -> bool:
     "Whether the optimizer's state and its step live in host memory (CPU or NVMe offload)."
-    offload = _zero_config(strategy).get("offload_optimizer") or {}
-    return offload.get("device", "none") not in ("none", None)
+    return bool(optimizer_offload(strategy))

@@ -139,6 +139,7 @@ OPTIMIZERS = (
     _internal(_STAGE_3, "swap_optimizer params_in_nvme_and_cpu", _PARTS, "refuse what is offloaded to NVMe"),
     _internal(_STAGE_3, "checkpoint_event_prologue checkpoint_event_epilogue", _PARTS, "load parameters that are gathered"),
     _internal(_STAGE_1_AND_2, "single_partition_of_fp32_groups", _PARTS, "write and describe the master weights"),
+    _internal(_STAGE_1_AND_2, "update_lp_params", _PARTS, "show averaged weights in the model"),
     _internal(
         _STAGE_1_AND_2,
         "real_dp_process_group round_robin_bit16_groups round_robin_bit16_offsets",

@@ -131,6 +131,19 @@ def parts_of_stage_3(optimizer: Any) -> Iterator[Part]:
             start = min(optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
             yield Part(parameter, tensor, at, start, min(size, parameter.ds_numel - start))
 
+# %% ../../nbs/system/14_zero_internals.ipynb #37305fae
+def show_master_weights(
+    optimizer: Any,  # of any strategy
+) -> None:
+    "Have the model's parameters be what ZeRO's optimizer steps on, if it is one; all ranks call it."
+    if is_stage_1_or_2(optimizer):
+        optimizer.update_lp_params()
+    elif is_stage_3(optimizer):
+        parts = list(parts_of_stage_3(optimizer))
+        for part in parts:
+            held(part.parameter)[: part.size].copy_(part.tensor.detach()[part.at : part.at + part.size])
+        gather_again([part.parameter for part in parts])
+
 # %% ../../nbs/system/14_zero_internals.ipynb #353ca0e5
 class ZeroPartitions:
     "Which parameters the master weights of ZeRO are parts of, and how to gather one."

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/training/02_plan.ipynb #e939689d
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..checkpoint.weights import check_weights, one_run
 from ..config import RunConfig
 from ..errors import UntrainableError
 from ..formats.reader import read_layout
+from ..optim import check_optimizer, check_schedule
 from ..optimizers.muon import check_muon
 from ..settings.model_and_data import own_optimizer
 from ..system.log import log
@@ -180,10 +182,19 @@ def _check_sharded(config: RunConfig) -> None:
         )
 
 
+def _check_chosen(config: RunConfig, model: Callable) -> None:
+    "Raise `ValueError` or `ModuleNotFoundError` for an optimizer that the strategy cannot have, where the model does not have its own."
+    if inspect.isclass(model) and not own_optimizer(model):
+        check_optimizer(config.optimizer, config.resolved.strategy, config.resolved.accelerator)
+        check_schedule(config.optimizer, config.eta_min_ratio)
+
+
 def check_class(config: RunConfig) -> None:
-    "Raise `UntrainableError` for a class without a training step, and under FSDP without an optimizer; for a function only the result shows that."
+    """Raise `UntrainableError` for a class without a training step, and under FSDP without an optimizer; for a function only the result shows
+    that. Raises as `check_optimizer`, too."""
     if inspect.isclass(config.model_class) and not _may_define(config.model_class, "training_step"):
         raise _no_training_step(config)
+    _check_chosen(config, config.model_class)
     _check_sharded(config)
 
 # %% ../../nbs/training/02_plan.ipynb #18be5475
@@ -233,6 +244,7 @@ def check_trainable(config: RunConfig, model: LightningModule) -> None:
             find_blocks(model, names, setting)
     if config.optimizer == "Muon" and not is_overridden("configure_model", model) and not own_optimizer(type(model)):
         check_muon(model)
+    _check_chosen(config, type(model))
     _check_sharded(config)
     _check_manual(config, model)
     if not inspect.isclass(config.model_class) and own_optimizer(type(model)):

@@ -25,6 +25,7 @@ from ..callbacks.preemption import StopTogether
 from ..callbacks.progress import MarkProgress
 from ..callbacks.progress_bar import progress_bar
 from ..callbacks.recorder import RunRecorder
+from ..callbacks.schedule_free import ScheduleFree, check_averaged_once
 from ..callbacks.start_from import StartFrom
 from ..callbacks.throughput import MeasureThroughput
 from ..callbacks.torch_compile import TorchCompile
@@ -91,7 +92,7 @@ def build_trainer(
     given = [callback for callback in build_objects(config.callbacks, "callbacks") if checkpoints or not isinstance(callback, Checkpoint)]
     recorder, own = RunRecorder(record, config), [*given, *more]
     callbacks: list[Callback] = [_measuring(own, record), CheckBatches(), ExactResume(config.seed), PlainHyperparameters(), recorder]
-    callbacks += [LearningRateMonitor("step"), *_chosen(config)]
+    callbacks += [LearningRateMonitor("step"), ScheduleFree(), *_chosen(config)]
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in config.passed_to("trainer")}
     arguments |= {
         "accumulate_grad_batches": plan.accumulate_grad_batches,
@@ -130,7 +131,9 @@ def _starting(plan: RunPlan) -> list[Callback]:
 
 
 def check_callbacks(config: RunConfig, callbacks: list[Callback]) -> None:
-    "Raise `ValueError` for callbacks of Lightning that copy the model, which is empty where ZeRO has partitioned it."
+    "Raise `ValueError` for callbacks that average what is averaged already, and for those that copy a model that ZeRO has partitioned."
+    if config.optimizer == "AdamWScheduleFree":
+        check_averaged_once(callbacks)
     for callback in callbacks:
         if config.resolved.strategy.startswith("deepspeed") and isinstance(callback, (LightningAveraging, StochasticWeightAveraging)):
             raise ValueError(
