@@ -77,7 +77,7 @@ def check_optimizer(name: str, strategy: str | Strategy, device: str) -> None:
 def _check_of_package(name: str, strategy: str | Strategy, device: str, remedy: str) -> None:
     "Raises as `check_optimizer`, for one of PACKAGES."
     if find_spec(PACKAGES[name]) is None:
-        raise ModuleNotFoundError(f"optimizer={name!r} is of the package {PACKAGES[name]}: pip install {PACKAGES[name]}, or {remedy}")
+        raise ModuleNotFoundError(f"optimizer={name!r} needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}, or {remedy}")
     offload = optimizer_offload(strategy)
     if name == "AdamWScheduleFree" and (offload.get("device") == "nvme" or offload.get("ratio", 1) < 1):
         raise ValueError(
