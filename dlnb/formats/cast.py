@@ -6,15 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/formats/10_cast.ipynb #526ef45b
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from .copy import BUFFER
+from .copy import put
 from .layout import Weight
 from .tensors import ITEM_SIZES
+from ..system.files import advise
 
 # %% ../../nbs/formats/10_cast.ipynb #7e00c989
+BUFFER = 1 << 20  # bytes in memory at once, of each weight that is cast
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 CASTABLE = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2"}
 
@@ -57,6 +58,7 @@ def arrays(weight: Weight) -> Iterator[Any]:
         return
     for piece in weight.pieces():
         with piece.path.open("rb", buffering=0) as file:
+            advise(file.fileno(), "SEQUENTIAL")
             file.seek(piece.offset)
             for start in range(0, piece.size, BUFFER):
                 content = file.read(min(BUFFER, piece.size - start))
@@ -77,18 +79,11 @@ def _in_order(values: Any) -> Iterator[Any]:
             yield from _in_order(values[start])
 
 
-def write_cast(weight: Weight, dtype: str, target: int, position: int) -> Iterator[int]:
-    "Write a weight in another dtype, or another order; yields the bytes that were written."
+def write_cast(weight: Weight, dtype: str, target: int, position: int) -> int:
+    "Write a weight in another dtype, or another order, and return the number of bytes."
+    begin = position
     for values in arrays(weight):
         content = memoryview(_cast(values, weight.dtype, dtype)).cast("B")
         put(content, target, position)
         position += len(content)
-        yield len(content)
-
-# %% ../../nbs/formats/10_cast.ipynb #a70f49b3
-def put(content: bytes | memoryview, target: int, position: int) -> None:
-    "Write all of it: a full disk first accepts a part, and raises only at the next call."
-    content = memoryview(content)
-    while content:
-        done = os.pwrite(target, content, position)
-        position, content = position + done, content[done:]
+    return position - begin

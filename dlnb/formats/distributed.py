@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cast import put
+from .copy import put
 from .layout import Layout, Weight
 from .reader import read_layout
 from .safetensors_writer import _Part, split_into_files

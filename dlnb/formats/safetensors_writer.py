@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cast import CASTABLE, DTYPES, put, write_cast
-from .copy import Move, move_all
+from .cast import CASTABLE, DTYPES, write_cast
+from .copy import Move, in_threads, move_all, put
 from .layout import Layout, Weight
 from .safetensors_reader import PARTIAL
 from .targets import check_targets
@@ -97,8 +97,7 @@ def _fill(part: _Part, target: int, layout: Layout, dtype: str | None) -> Iterat
         (moves if as_it_is else changed).append((weight, position))
         position += _written_size(weight, dtype)
     yield from move_all(_moves(moves, target))
-    for weight, position in changed:
-        yield from write_cast(weight, _written_dtype(weight, dtype), target, position)
+    yield from in_threads(lambda item: write_cast(item[0], _written_dtype(item[0], dtype), target, item[1]), changed)
 
 
 def _moves(weights: Iterable[tuple[Weight, int]], target: int) -> Iterator[Move]:

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..system.files import open_regular, shown
+from ..system.files import advise, open_regular, shown
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #5500c5fc
 class Piece(NamedTuple):
@@ -66,7 +66,7 @@ class StoredMembers(Members):
     "The places of members' bytes in the file."
 
     def __init__(self, path: str | Path):
-        self._begins: dict[str, int] = {}
+        self._headers: dict[int, bytes] = {}  # by their place
         super().__init__(path)
 
     def check(self, member: str, offset: int, size: int) -> None:
@@ -84,17 +84,22 @@ class StoredMembers(Members):
 
     def _begin(self, member: str) -> int:
         "Where a member's bytes start in the file, according to its own header."
-        if member not in self._begins:
-            info = self.members[member]
-            with open_regular(self.path) as file:
-                header = os.pread(file.fileno(), 30, info.header_offset) if info.header_offset >= 0 else b""
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise ValueError(f"{self.path} is damaged: {shown(member)} has no header.")
-            begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-            if begin + info.file_size > self.size:
-                raise ValueError(f"{self.path} is truncated: {shown(member)} is not all there.")
-            self._begins[member] = begin
-        return self._begins[member]
+        info, headers = self.members[member], self._headers or self._read_headers()
+        header = headers.get(info.header_offset, b"")
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise ValueError(f"{self.path} is damaged: {shown(member)} has no header.")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        if begin + info.file_size > self.size:
+            raise ValueError(f"{self.path} is truncated: {shown(member)} is not all there.")
+        return begin
+
+    def _read_headers(self) -> dict[int, bytes]:
+        places = [info.header_offset for info in self.members.values() if 0 <= info.header_offset < self.size]
+        with open_regular(self.path) as file:
+            for place in places:
+                advise(file.fileno(), "WILLNEED", place, 30)
+            self._headers = {place: os.pread(file.fileno(), 30, place) for place in places}
+        return self._headers
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #392f63f8
 class Archive(StoredMembers):

@@ -12,7 +12,7 @@ import stat
 from collections import Counter
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # %% ../../nbs/system/01_files.ipynb #11825e06
 def shown(
@@ -32,6 +32,17 @@ def open_regular(
         return file
     file.close()
     raise ValueError(f"{path} is not a regular file, but a pipe or a device.")
+
+
+def advise(
+    file: int,  # descriptor
+    advice: Literal["SEQUENTIAL", "WILLNEED", "DONTNEED"],  # as in posix_fadvise(2)
+    offset: int = 0,  # bytes
+    size: int = 0,  # bytes; 0 for all that follow
+) -> None:
+    "Tell the kernel what is going to be read, or is not; where it takes no advice, nothing."
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, getattr(os, f"POSIX_FADV_{advice}"))
 
 # %% ../../nbs/system/01_files.ipynb #6c02cab6
 JSON_SIZE = 1 << 25  # bytes
