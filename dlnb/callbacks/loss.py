@@ -17,22 +17,28 @@ NEVER = 2**62  # a step that no training reaches
 
 
 class FirstNonFinite:
-    "The first optimizer step whose loss was NaN or infinite, in a tensor on the device."
+    "The first optimizer step whose loss was NaN or infinite, among those since the last look."
 
     def __init__(self, device: torch.device):
-        self.step = torch.tensor(NEVER, device=device)
+        self.device = device
+        self.losses: list[torch.Tensor] = []  # since the last look
+        self.steps: list[int] = []  # theirs
 
     def add(self, loss: torch.Tensor, step: int) -> None:
         "Take a step's loss into account. Nothing waits for the device."
-        bad = ~torch.isfinite(loss.detach()).all()
-        self.step = torch.where(bad, self.step.clamp(max=step), self.step)
+        self.losses.append(loss.detach().sum())  # a tensor of its own: the model may use the loss's memory again
+        self.steps.append(step)
 
     def of_all_ranks(self, world_size: int) -> int:
         "The first such step of any rank; `NEVER` where there is none. All ranks call it."
-        step = self.step.clone()
+        finite = torch.stack(self.losses).isfinite().tolist() if self.losses else []
+        first = next((step for step, is_finite in zip(self.steps, finite) if not is_finite), NEVER)
+        self.losses, self.steps = [], []
         if world_size > 1:
+            step = torch.tensor(first, device=self.device)
             distributed.all_reduce(step, distributed.ReduceOp.MIN)
-        return int(step)
+            first = int(step)
+        return first
 
 # %% ../../nbs/callbacks/04_loss.ipynb #ea4b4923
 class CheckLoss(Callback):

@@ -116,7 +116,18 @@ class NotebookProgressBar(LineBar):
 
 # %% ../../nbs/callbacks/06_progress_bar.ipynb #43f358ff
 class TerminalProgressBar(TQDMProgressBar):
-    "Lightning's bar, with samples per second."
+    "Lightning's bar, with samples per second, at most ten times a second in training."
+
+    interval, shown = 0.1, 0.0  # seconds between two updates, and when it was last updated
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        if time.monotonic() >= self.shown + self.interval:
+            self.shown = time.monotonic()
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, trainer.fit_loop.epoch_loop.batch_idx)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         return super().get_metrics(trainer, pl_module) | {unit: f"{rate:.4g}" for unit, rate in rates(trainer).items()}

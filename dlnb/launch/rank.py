@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/launch/07_rank.ipynb #d60b6332
+import json
 import os
 import sys
 import time
@@ -37,8 +38,6 @@ def run_rank(
     notebook: str,  # the notebook to run
 ) -> None:
     "Run a notebook's cells as one rank, and exit: 0, or 1 after a failure, which is in the rank's record."
-    from nbformat import read
-
     end_with_supervisor()
     await_job_folder(Path(folder))
     number = external_rank()
@@ -46,7 +45,7 @@ def run_rank(
     redirect_output(Path(folder) / f"rank-{rank.rank}.log")
     sys.path[0] = ""  # as in a kernel: the folder it was started in, not the script's
     shell = make_shell()
-    for rank.cell, cell in enumerate(read(notebook, as_version=4).cells):
+    for rank.cell, cell in enumerate(json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]):
         replace(rank, status="running").write(Path(folder))  # should it be killed in this cell
         if not _run_cell(shell, cell):
             rank.status = "failed" if shell.failure else "finished"
@@ -59,12 +58,12 @@ def run_rank(
         sys.exit(1)
 
 # %% ../../nbs/launch/07_rank.ipynb #12c8bcdd
-def _run_cell(shell, cell) -> bool:
+def _run_cell(shell, cell: dict) -> bool:
     "Run a cell as nbclient does in the kernel; whether the notebook continues."
-    tags = cell.metadata.get("tags", [])
-    if cell.cell_type != "code" or not cell.source.strip() or "skip-execution" in tags:
+    tags, source = cell["metadata"].get("tags", []), "".join(cell["source"])  # lines, in a file
+    if cell["cell_type"] != "code" or not source.strip() or "skip-execution" in tags:
         return True
-    result = shell.run_cell(cell.source, silent=True)
+    result = shell.run_cell(source, silent=True)
     shell.execution_count += 1  # a traceback then names the cell as rank 0's does
     error = interrupt_behind(result.error_in_exec)
     ends_well = isinstance(error, SystemExit) and not error.code

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/optimizers/04_muon.ipynb #b22141d0
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -58,13 +58,20 @@ def with_muon_group(
     return split
 
 # %% ../../nbs/optimizers/04_muon.ipynb #5a4b2d5a
+@cache
+def _newton_schulz() -> Callable[[Tensor], Tensor]:
+    "torch's iteration, with its defaults."
+    from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
+
+    coefficients = DEFAULT_A, DEFAULT_B, DEFAULT_C
+    return partial(_zeropower_via_newtonschulz, ns_coefficients=coefficients, ns_steps=DEFAULT_NS_STEPS, eps=EPS)
+
+
 def orthogonalized(
     update: Tensor,  # (rows, columns)
 ) -> Tensor:  # bfloat16, of that shape
     "The matrix with the same singular vectors, and singular values of about one."
-    from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
-
-    return _zeropower_via_newtonschulz(update, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
+    return _newton_schulz()(update)
 
 
 def scaled_rate(lr: float, shape: tuple[int, ...]) -> float:
@@ -89,13 +96,13 @@ class MuonStep:
             super().step()  # type: ignore[misc]
         finally:
             self.param_groups = groups
-        for group in groups:
-            for tensor in group["params"] if group.get("muon") else ():
-                if tensor.grad is not None:
-                    self._step_matrices(tensor, group)
+        with torch.no_grad():
+            for group in groups:
+                for tensor in group["params"] if group.get("muon") else ():
+                    if tensor.grad is not None:
+                        self._step_matrices(tensor, group)
         return loss
 
-    @torch.no_grad()
     def _step_matrices(self, tensor: Tensor, group: dict[str, Any]) -> None:
         "Step a matrix, or the parts of matrices in a flat tensor."
         if not (state := self.state[tensor]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 # %% ../../nbs/system/10_trainer_internals.ipynb #9ca97323
 def loaders_of(
@@ -107,6 +107,18 @@ def trained_batches(trainer: Trainer) -> int:
 def epoch_and_batch(trainer: Trainer) -> tuple[int, int]:
     "The epoch, counted from 0, and `trained_batches`."
     return trainer.fit_loop.epoch_progress.current.processed, trained_batches(trainer)
+
+# %% ../../nbs/system/10_trainer_internals.ipynb #626e64b1
+BATCH_HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+BATCH_HOOKS += ("on_train_batch_end",)
+
+
+def leave_out_empty_hooks(callbacks: list[Callback]) -> None:
+    "Have Lightning call only those hooks of a training batch that a callback defines."
+    for callback in callbacks:
+        for name in BATCH_HOOKS:
+            if getattr(callback, name) == getattr(Callback, name).__get__(callback):
+                setattr(callback, name, None)
 
 # %% ../../nbs/system/10_trainer_internals.ipynb #601291ac
 def handle_signals_by(trainer: Trainer, handler: Callable[[int, Any], None]) -> None:

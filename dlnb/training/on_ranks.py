@@ -46,13 +46,17 @@ def needs_ranks(config: RunConfig) -> bool:
     return True
 
 # %% ../../nbs/training/05_on_ranks.ipynb #991364fc
+# DeepSpeed imports this one only when a training under ZeRO starts, and with it torch's compiler, in more than a second.
+LATE_IMPORT = "deepspeed.runtime.zero.muon.muon_optimizer"
+
+
 def preloaded(hardware: Hardware) -> tuple[str, ...]:
     "The modules that the server of the ranks imports for these settings. DeepSpeed is bound to the accelerator where it is imported."
     settings = hardware.resolved
     if "deepspeed" not in settings.strategy:
         return ()
     os.environ["DS_ACCELERATOR"] = settings.accelerator
-    return ("deepspeed",)
+    return "deepspeed", LATE_IMPORT
 
 
 def interrupted(stopped: Preempted) -> KeyboardInterrupt:

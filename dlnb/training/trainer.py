@@ -36,6 +36,7 @@ from ..config import RunConfig
 from ..data import average_integers_exactly
 from ..settings.objects import build_objects
 from ..strategy import build_strategy
+from ..system.trainer_internals import leave_out_empty_hooks
 from ..tracking.metrics import MetricsLogger
 from ..tracking.record import RunRecord
 from ..tracking.wandb import wandb_logger
@@ -165,6 +166,7 @@ def make_trainer(config: RunConfig, folder: Path, callbacks: list[Callback], **a
     callbacks.append(MarkProgress(config.progress_timeout))
     trainer = Trainer(**shared | arguments | build_objects(config.trainer_args, "trainer_args"))
     average_integers_exactly(trainer.strategy)
+    leave_out_empty_hooks(trainer.callbacks)
     return trainer
 
 # %% ../../nbs/training/03_trainer.ipynb #b6020434
