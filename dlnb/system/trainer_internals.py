@@ -114,9 +114,10 @@ BATCH_HOOKS += ("on_train_batch_end",)
 
 
 def leave_out_empty_hooks(callbacks: list[Callback]) -> None:
-    "Have Lightning call only those hooks of a training batch that a callback defines."
+    "Have Lightning call only those hooks of a training batch that its own callbacks and dlnb's define."
     for callback in callbacks:
-        for name in BATCH_HOOKS:
+        is_known = type(callback).__module__.partition(".")[0] in ("dlnb", "lightning")
+        for name in BATCH_HOOKS if is_known else ():
             if getattr(callback, name) == getattr(Callback, name).__get__(callback):
                 setattr(callback, name, None)
 
