@@ -109,8 +109,10 @@ def epoch_and_batch(trainer: Trainer) -> tuple[int, int]:
     return trainer.fit_loop.epoch_progress.current.processed, trained_batches(trainer)
 
 # %% ../../nbs/system/10_trainer_internals.ipynb #626e64b1
-BATCH_HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
-BATCH_HOOKS += ("on_train_batch_end",)
+BATCH_HOOKS = (
+    *("on_train_batch_start", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end"),
+)
 
 
 def leave_out_empty_hooks(callbacks: list[Callback]) -> None:
