@@ -103,3 +103,14 @@ def test_the_benchmark_of_a_gpu_runs_to_its_end_on_a_cpu(tmp_path):
     assert tables["exact"]["resumed the same"].all() and (tables["exact"]["attempts"] == 2).all()
     assert len(tables["steps"]) > 3 and tables["steps"]["step, ms"].notna().all()
     assert tables["kernel"]["is"].iloc[0] == "finished" and tables["trials"]["trials"].iloc[-1] == 4
+
+
+@pytest.mark.timeout(120)
+def test_the_benchmark_of_the_optimizers_runs_to_its_end(tmp_path):
+    settings = {"sizes": [0.01], "muon_sizes": [0.01], "rounds": 1, "tables": str(tmp_path / "tables")}
+    notebook = REPOSITORY / "nbs" / "benchmarks" / "optim.ipynb"
+    done = run(sys.executable, "-m", "papermill", notebook, "out.ipynb", "-y", json.dumps(settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pandas.read_csv(tmp_path / "tables" / "adamw.csv")
+    assert list(table["tensors"]) == ["many small", "few large", "flat", "flat"]
+    assert table[["AdamW, loop", "AdamW, foreach", "AdamW_fused", "of the fastest"]].notna().all(axis=None)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/session/00_place.ipynb #0067ab20
+import gc
 import os
 import signal
 import socket
@@ -87,6 +88,7 @@ def become(place: Place) -> None:
     import torch
 
     global _own
+    gc.freeze()  # what the server has imported: DeepSpeed has Python look for garbage, which would take 0.3 s and copy its memory
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the kernel that came before
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the server was started with it blocked
