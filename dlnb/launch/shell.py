@@ -15,6 +15,7 @@ def make_shell(
     "IPython's shell without a terminal: by default it displays nothing, and it keeps the last traceback."
     from IPython.core.displaypub import DisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
 
     class SilentPublisher(DisplayPublisher):
         def publish(self, *args, **kwargs) -> None: ...
@@ -27,9 +28,9 @@ def make_shell(
         def _showtraceback(self, etype, evalue, stb) -> None:
             self.failure = {"ename": etype.__name__, "evalue": str(evalue), "traceback": stb}
 
-    # Formatting a figure that nobody sees costs time.
-    shell = RankShell.instance(**{"display_pub_class": SilentPublisher} | classes)
-    shell.history_manager.enabled = False  # a rank's cells do not go into the user's history
+    # A rank's cells do not go into the user's history, a file that all would open at once. Formatting a figure that nobody sees costs time.
+    without_history = Config(HistoryManager={"enabled": False})
+    shell = RankShell.instance(config=without_history, **{"display_pub_class": SilentPublisher} | classes)
     shell.display_formatter.active_types = ["text/plain"]
     report_interrupts(shell)
     leave_interactive(sys.argv[0])
