@@ -118,6 +118,8 @@ def set_training(
 def averaged_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     "Have the model be the average within this; all ranks enter it."
     switched = [optimizer for optimizer in optimizers if set_training(optimizer, False)]
-    yield
-    for optimizer in switched:
-        set_training(optimizer, True)
+    try:
+        yield
+    finally:
+        for optimizer in switched:
+            set_training(optimizer, True)
