@@ -27,8 +27,9 @@ LONG += (
     "14_find_strategy 03_probe 14_partition 04_trial_ranks 09_scheduler 05_on_ranks 17_supervisor".split()
 )  # all of them 20 seconds, and more
 NEEDED = {"05_schedule_free": "schedulefree", "17_schedule_free": "schedulefree", "06_eight_bit": "torchao"}
-# They look at what a process imports, and know processes by their ids.
-COLD = ("04_strategy", "06_lock", "07_progress", "00_place", "17_supervisor")
+# They look at what a process imports, know processes by their ids, or need a signal to be there when what they send next is:
+# a warm process gets it from another one.
+COLD = ("04_strategy", "06_lock", "07_progress", "00_place", "17_supervisor", "04_serve")
 
 
 @pytest.mark.timeout(300)

@@ -53,7 +53,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def end(self) -> None:
-        self.working, self.is_pending = 0, False
+        self.working = 0
 
     def interrupt(self, number: int, signal_number: int) -> None:
         "Called in another thread."
@@ -98,9 +98,10 @@ class Channel:
             self.connection.send(message)
         finally:
             interrupts.is_held = False
-        if interrupts.is_pending and interrupts.working:
+        if interrupts.is_pending:
             interrupts.is_pending = False
-            raise KeyboardInterrupt
+            if interrupts.working:  # not an answer, after which there is nothing to interrupt
+                raise KeyboardInterrupt
 
     def ask(self, prompt: object = "") -> str:
         "Python's `input`, answered in the kernel's cell."

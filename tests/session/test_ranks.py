@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -401,3 +401,29 @@ def test_fifty_kills_of_kernels_ranks_and_pages_lose_nothing_and_leave_nothing(w
     assert kernel.end() == []
     expected, *found = [load_file(*tmp_path.glob(f"runs/*/train/ddp/{name}-*/model.safetensors")) for name in runs]
     assert all(weights[name].numpy().tobytes() == expected[name].numpy().tobytes() for weights in found for name in expected)
+
+
+@pytest.mark.parametrize("working, interrupted", [(7, True), (0, False)], ids=["a message", "an answer"])
+def test_an_interrupt_within_a_message_is_raised_after_it_and_is_not_left_to_the_next_request(working, interrupted):
+    from dlnb.session.serve import Channel
+
+    class Interrupted:
+        "A connection, in the middle of whose messages a signal comes."
+
+        def __init__(self):
+            self.sent = []
+
+        def send(self, message):
+            signal.raise_signal(signal.SIGUSR1)
+            self.sent.append(message)
+
+    channel = Channel(Interrupted())
+    before = signal.signal(signal.SIGUSR1, channel.interrupts.handle)
+    try:
+        channel.interrupts.working = working
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            channel.send(("text",))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert channel.connection.sent == [("text",)]
+    assert not channel.interrupts.is_pending
