@@ -443,13 +443,14 @@ def _check_trainer_args(arguments: Mapping[str, Any]) -> None:
 # %% ../nbs/05_config.ipynb #4e943b5b
 def check_searchable(
     field: str,  # for the error's sentence
-    name: str,  # of a parameter: a setting, `model_args.NAME`, or `model_args.net.NAME` for an argument of an object
+    name: str,  # a setting, `model_args.NAME`, `model_args.net.NAME` in an object, or `model_args.layers.0.NAME` in a list
 ) -> None:
     "Raise `ValueError` for what neither a search nor a best_params.json may set: the role of a setting permits it."
     setting, *path = name.split(".")
     searched, dictionaries = RunConfig.fields_with(search="value"), RunConfig.fields_with(search="entries")
     names_code = {"class_path", "_target_"}.intersection(path)
-    if path and all(part.isidentifier() for part in path) and setting in dictionaries and not names_code or name in searched:
+    is_entry = path and path[0].isidentifier() and all(part.isidentifier() or part.isdecimal() for part in path)
+    if is_entry and setting in dictionaries and not names_code or name in searched:
         return
     choices = [*searched, *(f"{arguments}.NAME" for arguments in dictionaries)]
     if setting in RunConfig.model_fields:

@@ -168,15 +168,20 @@ def build_objects(value: Any, field: str = "arguments") -> Any:
 def with_entry(
     field: str,  # for the error's sentence
     value: Any,  # plain data
-    path: tuple[str, ...],  # names, the outer one first
+    path: tuple[str, ...],  # names, and numbers of what is in a list, the outer one first
     entry: Any,
 ) -> Any:  # the same data with the entry at that place
-    "Raises `ValueError` where the path leads through what is neither a dictionary nor an object."
+    "Raises `ValueError` where the path leads to what a list does not have, or through what is no dictionary, list or object."
     if not path:
         return entry
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{field}={value!r} has no entry {path[0]!r}: it is neither a dictionary nor an object.")
     name, rest = path[0], path[1:]
+    if isinstance(value, list | tuple) and name.isdecimal() and int(name) < len(value):
+        before, inner, after = value[: int(name)], value[int(name)], value[int(name) + 1 :]
+        return type(value)([*before, with_entry(f"{field}.{name}", inner, rest, entry), *after])
+    if not isinstance(value, Mapping):
+        is_list = isinstance(value, list | tuple)
+        kind = f"a list of {len(value)}, numbered from 0" if is_list else "neither a dictionary, a list nor an object"
+        raise ValueError(f"{field}={value!r} has no entry {name!r}: it is {kind}.")
     if "class_path" in value and name != "init_args":
         name, rest = "init_args", path
     inner = value.get(name, {} if name == "init_args" else None)

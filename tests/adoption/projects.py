@@ -25,7 +25,7 @@ def spec(target: str, **arguments: Any) -> dict[str, Any]:
     return {"_target_": target, **arguments}
 
 
-ADAM = spec("torch.optim.Adam", _partial_=True, lr=1e-2)
+ADAM = spec("torch.optim.Adam", _partial_=True, lr=1e-2, betas=[0.9, 0.99])
 PLATEAU = spec("torch.optim.lr_scheduler.ReduceLROnPlateau", _partial_=True, patience=1)
 NESTED = {"net": spec("lit.DenseNet", width=8, activation=spec("torch.nn.GELU")), "optimizer": ADAM, "scheduler": PLATEAU}
 LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 4, "out_features": 1}}
@@ -36,7 +36,7 @@ PROJECTS = [
     Project("exported", "core.ipynb:Net", "core.ipynb:Toy"),
     Project("nested", "lit.py:RegressionLitModule", "lit.py:Numbers",
             {"model_args": NESTED, "data_args": {"transform": spec("lit.Scale", factor=0.5)}, "monitor": "val/loss"},
-            {"model_args.net.width": [4, 8], "model_args.optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}),
+            {"model_args.net.width": [4, 8], "model_args.optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}, "model_args.optimizer.betas.0": [0.8, 0.9]}),
     Project("cli", "model.py:Regressor", "model.py:Points", {"model_args": {"backbone": LINEAR, "optimizer": SGD}},
             {"model_args.optimizer.lr": [1e-3, 1e-2]}, predicts=False),
     Project("gan", "gan.py:GAN", "gan.py:Ring", {"monitor": "val_d_loss"}, {"model_args.latent": [2, 4]},

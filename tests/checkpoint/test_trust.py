@@ -331,6 +331,8 @@ FORBIDDEN |= {
     "strategy_args.config": "x.json",
     "model_args.": 1,
     "model_args.a.class_path": "theirs.Net",
+    "model_args.a.0.class_path": "theirs.Net",
+    "model_args.0": 1,
     "": 1,
     ".": 1,
     "lr.x": 1,

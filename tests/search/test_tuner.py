@@ -403,6 +403,10 @@ MISTAKES = {
     "unknown setting": (dict(search_space={"learning_rate": [1e-3]}), "'learning_rate' is not known"),
     "unknown argument": (dict(search_space={"model_args.widht": [8]}), "Did you mean 'width'"),
     "impossible value": (dict(search_space={"batch_size": {"low": 0, "high": 64}}), "0 is impossible"),
+    "not in a list": (
+        dict(search_space={"model_args.width.2": [8, 16]}, settings=dict(model_args={"width": [8, 8]})),
+        "it is a list of 2, numbered",
+    ),
     "the search's own": (dict(search_space={"devices": [1, 2]}), "is not for a search to set"),
     "empty space": (dict(search_space={}), "must name a setting"),
     "no such function": (dict(search_space="dlnb.tuner:spcae"), "'spcae' is not known"),
