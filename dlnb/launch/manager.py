@@ -129,14 +129,22 @@ class NotebookManager(SavedNotebook):
             cell.metadata.papermill["status"] = self.PENDING
 
 # %% ../../nbs/launch/12_manager.ipynb #7f447205
+def shown_in(cells: list[NotebookNode], index: int) -> int:
+    "The place of the code cell that shows what happens in a cell: itself, the last one before it, or the first of all."
+    code = [place for place, cell in enumerate(cells) if cell.cell_type == "code"]
+    return max((place for place in code if place <= index), default=code[0])
+
+
 def write_failure(
     manager: NotebookManager,
     failure: Rank,  # which rank, in which cell, and why
     index: int,  # the cell that rank 0 is in
 ) -> None:
     "Put a rank's failure into the notebook, as the first error of the cell that it happened in."
-    failed = failure.cell if failure.rank else index
-    outputs = manager.nb.cells[failed].outputs
+    cells = manager.nb.cells
+    index = shown_in(cells, index)
+    failed = shown_in(cells, failure.cell) if failure.rank else index
+    outputs = cells[failed].outputs
     node = f" on {failure.host}" if failure.host else ""
     traceback = [f"Rank {failure.rank} failed here{node}.", *(failure.traceback or [f"{failure.ename}: {failure.evalue}"])]
     error = new_output("error", ename=failure.ename, evalue=f"[rank {failure.rank}] {failure.evalue}", traceback=traceback)

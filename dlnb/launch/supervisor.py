@@ -18,7 +18,7 @@ from nbformat.v4 import new_output
 from .diagnosis import INTERVAL, diagnose, shows_error
 from .failure import is_starting
 from .kernel_client import KernelClient
-from .manager import NotebookManager, write_failure
+from .manager import NotebookManager, shown_in, write_failure
 from .rank_record import Rank, read_ranks
 from .rank_watch import RankWatch
 from .stop_request import StopRequest, signals_handled
@@ -54,8 +54,7 @@ class WatchedClient(KernelClient):
     def is_over(self, index: int, last: bool = False) -> bool:
         "Look at the ranks and show what they have printed; whether one has failed, or the time to end is up."
         for text in self.ranks.read_output(last):
-            code_cells = [cell for cell in self.nb.cells[: index + 1] if cell.cell_type == "code"]
-            self.nb_man.append_stream(code_cells[-1].outputs, "stdout", text)
+            self.nb_man.append_stream(self.nb.cells[shown_in(self.nb.cells, index)].outputs, "stdout", text)
             self.log_output_message(new_output("stream", name="stdout", text=text))
         self.nb_man.autosave_cell()
         if self.km.provisioner.process.poll() is None:
@@ -115,7 +114,7 @@ class RankClient(WatchedClient):
         for index, cell in enumerate(self.nb.cells):
             self.nb_man.cell_start(cell, index)
             try:
-                if self.request.signal:
+                if self.request.signal and cell.cell_type == "code":
                     raise DeadKernelError("stopped between two cells")
                 self.execute_cell(cell, index)
                 if index == len(self.nb.cells) - 1:

@@ -175,6 +175,20 @@ def test_a_signal_ends_all_ranks_and_leaves_a_readable_notebook(sleeping, number
     assert sleeping.leftover() == []
 
 
+def test_a_signal_between_two_cells_stops_before_the_next_code(cold_papermill, tmp_path):
+    signalled = (
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(1)"
+    )
+    path = write_notebook(tmp_path / "in.ipynb", "unused = 1", signalled, "print('never reached')")
+    notebook = nbformat.read(path, 4)
+    notebook.cells.insert(-1, nbformat.v4.new_markdown_cell("Text, which has no outputs."))
+    nbformat.write(notebook, path)
+    job = cold_papermill(path)
+    assert job.wait() == 143
+    assert "SIGTERM" in str(job.errors())
+    assert job.statuses()[-1] == "failed" and "never reached" not in job.printed()
+
+
 def test_nothing_is_left_when_papermill_itself_is_killed(sleeping):
     sleeping.process.kill()
     sleeping.wait()
