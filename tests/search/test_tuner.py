@@ -365,24 +365,22 @@ def test_four_workers_share_a_study(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
+def postgres():
     "A server of this test's own; its URL."
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not programs:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    folder = tmp_path_factory.mktemp("postgres")
     as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    if as_user:
-        for path in (folder, *folder.relative_to(tempfile.gettempdir()).parents[:-1]):  # pytest's own are for its user alone
-            (tempfile.gettempdir() / path).chmod(0o755)
-        shutil.chown(folder, "postgres")
     bin_folder, port = programs[-1].parent, 20000 + os.getpid() % 20000
-    run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, capture_output=True, text=True, timeout=60)
-    run(bin_folder / "initdb", "-D", folder / "data", "-A", "trust", "-U", "tuner")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
-    run(bin_folder / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start")
-    yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
-    run(bin_folder / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
+    run = lambda *words: subprocess.run([*as_user, *map(str, words)], check=True, text=True, timeout=60)
+    with tempfile.TemporaryDirectory() as folder:  # not in pytest's own, which it keeps for its user alone
+        if as_user:
+            shutil.chown(folder, "postgres")
+        run(bin_folder / "initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "tuner")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
+        run(bin_folder / "pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", options, "start")
+        yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+        run(bin_folder / "pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
 
 
 @pytest.mark.soak
