@@ -28,6 +28,7 @@ from .optimizers.compiled import import_deepspeed
 from .optimizers.muon import show_partitions
 from .optimizers.target import offloads_optimizer, resolve_accelerator
 from .strategies.deepspeed_config import SETTINGS, check_keys, check_stage, merged, top_level_keys
+from .system.zero_internals import record_whole_steps
 
 # %% ../nbs/04_strategy.ipynb #0b42b0ac
 def strategy_names() -> list[str]:
@@ -160,6 +161,7 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
         replace_compiled(self.lightning_module)
         self.before_sharding(self.lightning_module)
         super().setup(trainer)
+        record_whole_steps(self.model)
         for optimizer in self.optimizers:
             show_partitions(optimizer)
 

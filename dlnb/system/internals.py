@@ -146,6 +146,11 @@ OPTIMIZERS = (
         _PARTS,
         "find which elements a rank holds",
     ),
+    _internal(_STAGE_3, "parameter_offload", _PARTS, "record whole training steps"),
+    _internal(
+        f"{_ZERO}.parameter_offload:DeepSpeedZeRoOffload", "fwd_pre_hook get_param_coordinator", _PARTS, "record whole training steps"
+    ),
+    _internal(f"{_ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator", "reset_step", _PARTS, "begin such a record"),
     *(_internal(owner, "dp_process_group", _PARTS, "gather the parts of a matrix") for owner in (_STAGE_3, _STAGE_1_AND_2)),
     _internal(_STAGE_1_AND_2, "bit16_groups", _PARTS, "know the optimizer's group of a parameter"),
     *(_internal(owner, "optimizer", "optim", "reach the optimizer that steps") for owner in (_STAGE_3, _STAGE_1_AND_2)),

@@ -174,3 +174,25 @@ class ZeroPartitions:
         full[start : start + len(values)] = values
         torch.distributed.all_reduce(full, group=self.ranks)
         return full.view(full_shape(parameter))
+
+# %% ../../nbs/system/14_zero_internals.ipynb #d7263661
+def record_whole_steps(
+    engine: Any,  # of DeepSpeed, at any stage
+) -> None:
+    "Have stage 3 begin its record of modules where a step begins, and not where the step calls the root module again."
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # without an optimizer it is in its place
+    if not hasattr(offload, "fwd_pre_hook"):
+        return
+    calls: list[nn.Module] = []  # of the root module, each within the one before
+
+    def begin(module: nn.Module, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == 1:
+            offload.get_param_coordinator().reset_step()
+
+    def end(*_: Any) -> None:
+        del calls[-1:]
+
+    offload.fwd_pre_hook.remove()
+    offload.fwd_pre_hook = offload.module.register_forward_pre_hook(begin, prepend=True)
+    offload.module.register_forward_hook(end, always_call=True)

@@ -20,8 +20,11 @@ class Net(LightningModule):
         self.net = torch.nn.Sequential(torch.nn.Linear(13, 31), torch.nn.LayerNorm(31), torch.nn.Linear(31, 7))
         self.losses = []
 
+    def forward(self, inputs):
+        return self.net(inputs)
+
     def loss(self, batch):
-        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def training_step(self, batch, index):
         loss = self.loss(batch)
@@ -40,12 +43,16 @@ def train(name):
     seed_everything(1, verbose=False)
     data = torch.utils.data.TensorDataset(torch.randn(96, 13), torch.randint(0, 7, (96,)))
     loader = torch.utils.data.DataLoader(data, batch_size=8)
-    trainer = Trainer(strategy=build_strategy(name, "cpu"), accelerator="cpu", devices=2, max_epochs=2, logger=False,
+    # Small weights stay gathered, unless they may not: then they are gathered ahead.
+    options = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if name == "deepspeed_stage_3_offload" else {}
+    trainer = Trainer(strategy=build_strategy(name, "cpu", **options), accelerator="cpu", devices=2, max_epochs=2, logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     module = Net()
     trainer.fit(module, loader, loader)
     record = {"losses": module.losses, "val_loss": trainer.callback_metrics["val_loss"].item().hex(),
               "device": str(trainer.strategy.root_device)}
+    if "stage_3" in name:
+        record["is_recorded"] = trainer.strategy.model.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     with open(f"{name}-{trainer.global_rank}.json", "w") as file:
         json.dump(record, file)
 
@@ -74,6 +81,13 @@ def test_two_ranks_train_exactly_as_under_ddp(name, trained):
         assert record["losses"] == reference["losses"]
         assert record["val_loss"] == reference["val_loss"]
     assert [record["device"] for record in records[name]] == (["cpu", "cpu"] if name == "ddp" else ["cpu:0", "cpu:1"])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if "stage_3" in name])
+def test_stage_3_knows_the_order_of_modules_where_a_step_calls_the_module_itself(name, trained):
+    records, _ = trained
+    assert [record["is_recorded"] for record in records[name]] == [True, True]
 
 
 @pytest.mark.timeout(300)
