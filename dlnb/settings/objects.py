@@ -175,13 +175,13 @@ def with_entry(
     if not path:
         return entry
     name, rest = path[0], path[1:]
-    if isinstance(value, list | tuple) and name.isdecimal() and int(name) < len(value):
+    if isinstance(value, list | tuple):
+        if not (name.isdecimal() and int(name) < len(value)):
+            raise ValueError(f"{field}={value!r} has no entry {name!r}: it is a list of {len(value)}, numbered from 0.")
         before, inner, after = value[: int(name)], value[int(name)], value[int(name) + 1 :]
         return type(value)([*before, with_entry(f"{field}.{name}", inner, rest, entry), *after])
     if not isinstance(value, Mapping):
-        is_list = isinstance(value, list | tuple)
-        kind = f"a list of {len(value)}, numbered from 0" if is_list else "neither a dictionary, a list nor an object"
-        raise ValueError(f"{field}={value!r} has no entry {name!r}: it is {kind}.")
+        raise ValueError(f"{field}={value!r} has no entry {name!r}: it is neither a dictionary, a list nor an object.")
     if "class_path" in value and name != "init_args":
         name, rest = "init_args", path
     inner = value.get(name, {} if name == "init_args" else None)
