@@ -35,7 +35,7 @@ QUIET = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable
 LENGTH = 29  # divided neither by two ranks nor by three
 
 SCRIPT = """
-import faulthandler, sys, time
+import sys, time
 from collections import namedtuple
 from pathlib import Path
 import lightning.pytorch as pl
@@ -46,7 +46,6 @@ from dlnb.loading.stream import Share, StreamLoader
 from dlnb.predictions.merge import merge_predictions
 from dlnb.predictions.writer import PredictionWriter
 
-faulthandler.dump_traceback_later(80)  # where it hangs, should it
 devices, folder, is_first_attempt = int(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3
 
 class Line(Dataset):
