@@ -1,4 +1,4 @@
-"""A folder mounted through FUSE, where each request that moves bytes takes a while, as on a network.
+"""A folder mounted through FUSE, where each request that moves bytes, and each `close`, takes a while, as on a network.
 
 The kernel's protocol is spoken directly (`linux/fuse.h`, `man 4 fuse`): no library is needed, only `/dev/fuse` and the right to mount.
 `python slow_mount.py FOLDER MOUNT SECONDS` serves until its standard input ends."""
@@ -75,6 +75,11 @@ class Folder:
         time.sleep(self.seconds)
         return struct.pack("<2I", os.pwrite(opened, body[40 : 40 + size], offset), 0)
 
+    def flush(self, node: int, body: bytes) -> bytes:
+        "What `close` waits for."
+        time.sleep(self.seconds)
+        return b""
+
     def release(self, node: int, body: bytes) -> bytes:
         os.close(struct.unpack_from("<Q", body)[0])
         return b""
@@ -127,7 +132,7 @@ class Folder:
     def operations(self) -> dict[int, Callable[[int, bytes], bytes]]:
         "By the numbers of `enum fuse_opcode`."
         named = {1: "lookup", 3: "getattr", 4: "setattr", 10: "unlink", 12: "rename", 14: "open", 15: "read", 16: "write"}
-        named |= {17: "statfs", 18: "release", 20: "fsync", 25: "nothing", 27: "opendir", 28: "readdir", 29: "nothing"}
+        named |= {17: "statfs", 18: "release", 20: "fsync", 25: "flush", 27: "opendir", 28: "readdir", 29: "nothing"}
         named |= {30: "nothing", 34: "nothing", 35: "create", 45: "rename2"}
         return {number: getattr(self, name) for number, name in named.items()}
 
@@ -178,7 +183,7 @@ def main(root: str, mount: str, seconds: str) -> None:
 def slow_mount(
     root: Path,
     mount: Path,
-    seconds: float,  # of each read and each write
+    seconds: float,  # of each read, each write and each close
 ) -> Iterator[None]:
     "The folder, mounted slowly. Raises `OSError` where it cannot be."
     command = [sys.executable, __file__, str(root), str(mount), str(seconds)]

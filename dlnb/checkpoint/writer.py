@@ -39,7 +39,8 @@ def write_files(work: Write) -> None:
     import torch
 
     for path, content in work.files.items():
-        torch.save(content, path)
+        with open(path, "wb") as file:
+            torch.save(content, file)
         if not work.staging.is_dir():
             sign_archive(path)
         sync_to_disk(path)
@@ -136,7 +137,9 @@ class Writer:
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #5c6915a0
 def _explained(work: Write, error: Exception, placed: bool) -> OSError:
-    "An error with the checkpoint, the step and the free space; of a full disk torch says only that a position is unexpected."
+    "An error with the checkpoint, the step and the free space."
+    if isinstance(error.__context__, OSError):  # of a full disk torch says only that a position is unexpected
+        error = error.__context__
     folder = work.staging.parent
     free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there" if folder.exists() else "it is gone"
     if placed:

@@ -5,10 +5,12 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 
 import pytest
 import torch
+from slow_mount import slow_mount
 
 from dlnb.checkpoint.manifest import KEY, Manifest
 from dlnb.checkpoint.search import UNFINISHED, find_checkpoint, tidy
@@ -142,3 +144,30 @@ def test_at_every_size_of_a_written_file_the_checkpoint_before_remains(tmp_path,
 
         assert in_a_child(attempt) == (-signal.SIGXFSZ if dies else 3)
         assert check(tmp_path, kind) == 1
+
+
+def longest_wait(folder) -> float:
+    "Seconds between two moments of this thread, while a checkpoint is written in the background."
+    manifest, staging, writer = Manifest(step=1, epoch=0), folder / f"last.ckpt{UNFINISHED}", Writer()
+    writer.write(
+        Write(staging, {staging: {"weight": torch.zeros(SIZE), KEY: manifest.model_dump()}}, 0, manifest, [folder / "last.ckpt"], [])
+    )
+    moments = [time.perf_counter()]
+    while writer.thread.is_alive():
+        time.sleep(0.001)
+        moments.append(time.perf_counter())
+    writer.finish()
+    return max(later - earlier for earlier, later in zip(moments, moments[1:]))
+
+
+def test_a_training_does_not_wait_for_a_file_that_is_slow_to_close(tmp_path):
+    "As on a network's filesystem, which sends a file's end when it is closed. Another process may hold this one up in one of three tries."
+    disk, mount = tmp_path / "disk", tmp_path / "mount"
+    disk.mkdir(), mount.mkdir()
+    try:
+        with slow_mount(disk, mount, 0.3):
+            waits = [longest_wait(mount) for _ in range(3)]
+    except OSError as error:
+        pytest.skip(f"FUSE cannot be mounted here: {error}")
+    assert min(waits) < 0.2, waits
+    assert find_checkpoint(disk).manifest.step == 1
