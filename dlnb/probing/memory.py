@@ -17,22 +17,43 @@ from ..optimizers.target import offloads_optimizer, zero_stage
 class BytesPerParameter(NamedTuple):
     "What one trainable parameter costs, undivided."
 
-    parameters: int
-    gradients: int
-    states: int  # Adam's two moments, and under ZeRO the copy that is stepped
+    parameters: float
+    gradients: float
+    states: float  # what the optimizer keeps, and under ZeRO the copy that is stepped
 
 
 ELEMENT = {"bf16-true": 2, "16-true": 2, "64-true": 8}  # bytes of a parameter; 4 in every other precision
 
 
+ADAM = 2.0  # moments
+
+
+def stepped_bytes(precision: str, is_zero: bool) -> int:
+    "Bytes of an element of what the optimizer steps."
+    element = ELEMENT.get(precision, 4)
+    return max(element, 4) if is_zero else element
+
+
 def bytes_per_parameter(
     precision: str,  # as RunConfig names it
     is_zero: bool,
+    moments: float = ADAM,  # what the optimizer keeps of a parameter, in elements
 ) -> BytesPerParameter:
-    "By precision; any optimizer is counted as Adam."
     element = ELEMENT.get(precision, 4)
-    stepped = max(element, 4)  # bytes of an element of ZeRO's copy
-    return BytesPerParameter(element, element, 3 * stepped if is_zero else 2 * element)
+    return BytesPerParameter(element, element, stepped_bytes(precision, is_zero) * (moments + is_zero))
+
+
+def moments_in(
+    states: Sequence[int],  # bytes of optimizer states that each rank holds
+    trainable: int,
+    precision: str,
+    is_zero: bool,
+) -> float | None:
+    "What an optimizer keeps of a parameter, in elements; None where a rank holds nothing, as it may lie on an NVMe."
+    if not states or not all(states):
+        return None
+    held = sum(states) if is_zero else max(states)
+    return held / (trainable * stepped_bytes(precision, is_zero))
 
 # %% ../../nbs/probing/00_memory.ipynb #b7728a4c
 class ModelSize(NamedTuple):
@@ -96,11 +117,12 @@ class Setting(NamedTuple):
     precision: str
     ranks: int
     on_cpu: bool
+    moments: float = ADAM
 
 
 def computed_memory(setting: Setting, strategy: str) -> States:
     "The states and buffers of a rank, where they are; on a CPU all of it is `device`."
-    per_parameter = bytes_per_parameter(setting.precision, zero_stage(strategy) > 0)
+    per_parameter = bytes_per_parameter(setting.precision, zero_stage(strategy) > 0, setting.moments)
     states = model_states(setting.size, strategy, setting.ranks, per_parameter)
     device = states.device + buffers(setting.size, strategy, per_parameter, setting.ranks, setting.on_cpu)
     return States(device + states.host, 0.0) if setting.on_cpu else States(device, states.host)

@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from ..config import RunConfig
+from ..optimizers.target import zero_stage
 from .candidates import Candidate, probe_settings
-from .memory import ModelSize
+from .memory import ModelSize, moments_in
 from .watch import read_notes
 from ..search.trial import run_trial
 from ..search.trial_ranks import Outcome
@@ -39,6 +40,7 @@ class Probe(BaseModel):
     host_memory: list[float] = []
     base_memory: float = 0.0  # of a rank's process before it has a model
     device_total: float | None = None  # the size of the GPU
+    moments: float | None = None  # what the optimizer keeps of a parameter, in elements of what it steps
     parameters: int = 0
     trainable_parameters: int = 0
     seconds: float = 0.0  # that the probe has taken
@@ -147,6 +149,9 @@ def _result(outcome: Outcome, folder: Path, settings: RunConfig, candidate: Cand
         text = f"A rank held {over / 1e9:.2f} GB of main memory, more than its limit."
         return Probe(**known, state="out of memory", error=text)
     if outcome.state == "finished":
-        return Probe(**known, state="measured", **measured(folder, settings))
+        found = measured(folder, settings)
+        states, is_zero = [note.states for note in notes], zero_stage(candidate.strategy) > 0
+        known["moments"] = moments_in(states, found["trainable_parameters"], settings.precision, is_zero)
+        return Probe(**known, **found, state="measured")
     state = "out of memory" if is_out_of_memory(error) else "failed"
     return Probe(**known, state=state, error=error[-5000:])

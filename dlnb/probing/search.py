@@ -12,7 +12,7 @@ from math import log
 from typing import NamedTuple
 
 from .candidates import Candidate
-from .memory import ModelSize, Observed, Setting, computed_memory, fit_rest
+from .memory import ADAM, ModelSize, Observed, Setting, computed_memory, fit_rest
 from .probe import Probe
 
 # %% ../../nbs/probing/04_search.ipynb #607f8611
@@ -30,7 +30,8 @@ class MemoryModel:
     def __init__(self, machine: Machine, probes: Iterable[Probe]):
         measured = [probe for probe in probes if probe.state == "measured" and probe.memory]
         self.base = max((probe.base_memory for probe in measured), default=0.0) if machine.on_cpu else 0.0
-        self.setting = Setting(measured[0].size, *machine) if measured else None
+        moments = next((probe.moments for probe in measured if probe.moments is not None), ADAM)
+        self.setting = Setting(measured[0].size, *machine, moments=moments) if measured else None
         self.rest = fit_rest(Observed(p.strategy, p.batch_size, (p.memory or 0.0) - self.computed(p.strategy)) for p in measured)
 
     def computed(self, strategy: str) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import HELPERS, REPOSITORY, TRAIN
 from warm import warm_python
 
@@ -64,6 +65,7 @@ def test_what_does_not_fit_is_in_the_table_and_train_takes_the_best(find, launch
     large = table.xs(64, level="batch_size")["verdict"]
     assert all(verdict.startswith(("out of memory", "not tried")) for verdict in large) and "out of memory" in set(large)
     assert compared.best.batch_size < 64 and table["verdict"].tolist()[0] == "fastest"
+    assert {round(probe.moments, 2) for probe in compared.probes if probe.state == "measured"} == {2}  # AdamW's
     measured = table.dropna(subset=["samples_per_second"])
     assert (measured["peak_memory"] <= 1.3).all() and table["predicted_memory"].notna().sum() >= 4
 
@@ -91,6 +93,15 @@ def test_a_strategy_that_fails_is_told_from_one_without_memory_and_tried_again_n
     begun = len(ranks_of(tmp_path))
     assert find({"model_args": {"fails_under": "DDP"}}).best.strategy == "deepspeed_stage_1"
     assert len(ranks_of(tmp_path)) > begun
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 and newer have Muon")
+def test_what_another_optimizer_keeps_is_counted(find):
+    "Muon keeps one momentum of a matrix, AdamW two of what is left to it, under every strategy."
+    compared = find({"optimizer": "Muon"}, strategies=["ddp", "deepspeed_stage_1", "deepspeed_stage_2"], batch_sizes=[16])
+    assert [probe.state for probe in compared.probes] == ["measured"] * 3
+    assert {round(probe.moments, 2) for probe in compared.probes} == {1.15}
 
 
 @pytest.mark.soak
