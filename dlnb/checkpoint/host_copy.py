@@ -88,4 +88,10 @@ def size_of(
     import torch
     from torch.utils._pytree import tree_leaves
 
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+    return sum(_bytes_of(leaf) for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+
+
+def _bytes_of(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

@@ -138,8 +138,8 @@ class Writer:
 # %% ../../nbs/checkpoint/05_writer.ipynb #5c6915a0
 def _explained(work: Write, error: Exception, placed: bool) -> OSError:
     "An error with the checkpoint, the step and the free space."
-    if isinstance(error.__context__, OSError):  # of a full disk torch says only that a position is unexpected
-        error = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # of a full disk torch says only that a position is unexpected
     folder = work.staging.parent
     free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there" if folder.exists() else "it is gone"
     if placed:

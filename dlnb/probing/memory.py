@@ -39,6 +39,7 @@ def bytes_per_parameter(
     is_zero: bool,
     moments: float = ADAM,  # what the optimizer keeps of a parameter, in elements
 ) -> BytesPerParameter:
+    "Without activations."
     element = ELEMENT.get(precision, 4)
     return BytesPerParameter(element, element, stepped_bytes(precision, is_zero) * (moments + is_zero))
 

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..callbacks.throughput import peak_host_memory
+from ..checkpoint.host_copy import size_of
 from ..system.files import read_json
 
 # %% ../../nbs/probing/02_watch.ipynb #35589890
@@ -36,20 +37,6 @@ def _path(folder: Path, rank: int) -> Path:
 def read_notes(folder: Path) -> list[Note]:
     "The notes of all ranks that have left one."
     return [Note(**read_json(path)) for path in sorted(folder.glob("rank-*.memory.json"))]
-
-# %% ../../nbs/probing/02_watch.ipynb #ff174298
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
-
-
-def state_bytes(
-    optimizer: Any,  # of torch, or DeepSpeed's around one
-) -> int:
-    "What an optimizer keeps on this rank."
-    entries = (value for state in optimizer.state.values() for value in state.values())
-    return sum(_tensor_bytes(value) for value in entries if isinstance(value, torch.Tensor))
 
 # %% ../../nbs/probing/02_watch.ipynb #4388d50b
 LOOK_EVERY = 0.01  # seconds
@@ -100,4 +87,4 @@ class WatchMemory(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ended.set()
         self.look()
-        self.write(states=sum(map(state_bytes, trainer.optimizers)))
+        self.write(states=size_of([optimizer.state for optimizer in trainer.optimizers]))
