@@ -13,10 +13,12 @@ from torch import nn
 class ProbedNet(LightningModule):
     "A wide layer over an image of 64 pixels, and many cheap operations whose results are kept. It may fail, or wait, as it is told."
 
-    def __init__(self, width: int = 4096, depth: int = 1, fails_under: str = "nothing", waits: float = 0.0):
+    def __init__(self, width: int = 4096, depth: int = 1, fails_under: str = "nothing", waits: float = 0.0, plain_sgd: bool = False):
         super().__init__()
         self.hidden, self.head = nn.Linear(64, width), nn.Linear(width, 10)
         self.depth, self.fails_under, self.waits = depth, fails_under, waits
+        if plain_sgd:
+            self.configure_optimizers = lambda: torch.optim.SGD(self.parameters(), lr=1e-3)
 
     def on_train_start(self):
         if trace := os.environ.get("TRACE"):

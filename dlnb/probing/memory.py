@@ -45,16 +45,16 @@ def bytes_per_parameter(
 
 
 def moments_in(
-    states: Sequence[int],  # bytes of optimizer states that each rank holds
+    states: Sequence[int | None],  # bytes of optimizer states that each rank holds; None where that was not seen
     trainable: int,
     precision: str,
     is_zero: bool,
 ) -> float | None:
-    "What an optimizer keeps of a parameter, in elements; None where a rank holds nothing, as it may lie on an NVMe."
-    if not states or not all(states):
+    "What an optimizer keeps of a parameter, in elements; None where that is not known."
+    seen = [held for held in states if held is not None]
+    if not trainable or not seen or len(seen) < len(states):
         return None
-    held = sum(states) if is_zero else max(states)
-    return held / (trainable * stepped_bytes(precision, is_zero))
+    return (sum(seen) if is_zero else max(seen)) / (trainable * stepped_bytes(precision, is_zero))
 
 # %% ../../nbs/probing/00_memory.ipynb #b7728a4c
 class ModelSize(NamedTuple):

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..callbacks.throughput import peak_host_memory
 from ..checkpoint.host_copy import size_of
+from ..optimizers.target import optimizer_offload
 from ..system.files import read_json
 
 # %% ../../nbs/probing/02_watch.ipynb #35589890
@@ -27,7 +28,7 @@ class Note(NamedTuple):
     base: int  # resident before the model was made
     device_total: int | None = None
     over: int | None = None  # the peak that was above the limit
-    states: int = 0  # of the optimizer, at the training's end
+    states: int | None = None  # of the optimizer; None where that was not seen
 
 
 def _path(folder: Path, rank: int) -> Path:
@@ -84,7 +85,13 @@ class WatchMemory(Callback):
             if self.device_limit is not None:
                 torch.cuda.set_per_process_memory_fraction(min(self.device_limit / total, 1.0), device)
 
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.note.states or not trainer.global_step or optimizer_offload(trainer.strategy).get("device") == "nvme":
+            return
+        states = size_of([optimizer.state for optimizer in trainer.optimizers])
+        if states or not trainer.precision.startswith("16"):
+            self.write(states=states)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ended.set()
         self.look()
-        self.write(states=size_of([optimizer.state for optimizer in trainer.optimizers]))

@@ -105,6 +105,12 @@ def test_what_another_optimizer_keeps_is_counted(find):
 
 
 @pytest.mark.soak
+def test_an_optimizer_of_the_model_that_keeps_nothing_is_not_taken_for_adam(find):
+    compared = find({"model_args": {"plain_sgd": True}}, batch_sizes=[16])
+    assert [(probe.state, probe.moments) for probe in compared.probes] == [("measured", 0)] * 2
+
+
+@pytest.mark.soak
 def test_where_nothing_fits_there_are_no_parameters(find):
     compared = find(memory_limit=50e6)
     assert compared.best is None and not (compared.plan.folder / "best_params.json").exists()
