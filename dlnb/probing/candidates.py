@@ -97,19 +97,7 @@ def default_strategies(config: RunConfig) -> list[str]:
     return list(dict.fromkeys([*own, *(SEVERAL if config.world_size > 1 else ONE)]))
 
 # %% ../../nbs/probing/01_candidates.ipynb #2b174bf2
-_AROUND = (
-    "monitor",
-    "monitor_mode",
-    "patience",
-    "min_delta",
-    "save_top_k",
-    "save_every_n_steps",
-    "resume",
-    "best_params",
-    "logger",
-    "name",
-    "tags",
-)
+_AROUND = "monitor monitor_mode patience min_delta save_top_k save_every_n_steps resume best_params logger name tags".split()
 
 
 def with_candidate(config: RunConfig, candidate: Candidate) -> RunConfig:
@@ -126,7 +114,7 @@ def probe_settings(config: RunConfig, candidate: Candidate, n_steps: int) -> dic
     quiet = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False}
     return config.model_dump() | candidate.params | plain | short | {"trainer_args": config.trainer_args | quiet}
 
-
+# %% ../../nbs/probing/01_candidates.ipynb #f534fc6a
 class Candidates(NamedTuple):
     "What is compared, and what cannot be."
 

@@ -39,6 +39,14 @@ def read_notes(folder: Path) -> list[Note]:
     "The notes of all ranks that have left one."
     return [Note(**read_json(path)) for path in sorted(folder.glob("rank-*.memory.json"))]
 
+# %% ../../nbs/probing/02_watch.ipynb #541b4262
+def _optimizer_states(trainer: Trainer) -> int | None:  # bytes
+    "What the optimizers keep on this rank; None where that is not to be seen."
+    if not trainer.global_step or optimizer_offload(trainer.strategy).get("device") == "nvme":
+        return None
+    states = size_of([optimizer.state for optimizer in trainer.optimizers])
+    return None if not states and trainer.precision.startswith("16") else states
+
 # %% ../../nbs/probing/02_watch.ipynb #4388d50b
 LOOK_EVERY = 0.01  # seconds
 OVER_LIMIT = 86  # the exit code of a rank that was over
@@ -86,10 +94,7 @@ class WatchMemory(Callback):
                 torch.cuda.set_per_process_memory_fraction(min(self.device_limit / total, 1.0), device)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self.note.states or not trainer.global_step or optimizer_offload(trainer.strategy).get("device") == "nvme":
-            return
-        states = size_of([optimizer.state for optimizer in trainer.optimizers])
-        if states or not trainer.precision.startswith("16"):
+        if not self.note.states and (states := _optimizer_states(trainer)) is not None:
             self.write(states=states)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
