@@ -86,7 +86,7 @@ def median_step(
     "How long an optimizer step takes after the warm-up."
     rows = read_rows(folder / "throughput.csv")
     names = [name for name in rows[0] if name.startswith("seconds/") and name not in _NOT_IN_A_STEP]
-    return statistics.median(sum(float(row[name] or 0) for name in names) for row in rows[WARMUP_STEPS:])
+    return statistics.median(sum(float(row[name] or 0) for name in names) for row in rows[WARMUP_STEPS:] or rows[-1:])
 
 
 def measured(folder: Path, config: RunConfig) -> dict[str, Any]:
