@@ -97,7 +97,19 @@ def default_strategies(config: RunConfig) -> list[str]:
     return list(dict.fromkeys([*own, *(SEVERAL if config.world_size > 1 else ONE)]))
 
 # %% ../../nbs/probing/01_candidates.ipynb #2b174bf2
-_AROUND = "monitor monitor_mode patience min_delta save_top_k save_every_n_steps resume best_params logger name tags".split()
+_AROUND = (
+    "monitor",
+    "monitor_mode",
+    "patience",
+    "min_delta",
+    "save_top_k",
+    "save_every_n_steps",
+    "resume",
+    "best_params",
+    "logger",
+    "name",
+    "tags",
+)
 
 
 def with_candidate(config: RunConfig, candidate: Candidate) -> RunConfig:
