@@ -63,16 +63,17 @@ class WatchMemory(Callback):
     ):
         self.folder, self.host_limit, self.device_limit = Path(folder), host_limit, device_limit
         self.rank, self.ended = int(os.environ.get("RANK", 0)), threading.Event()
-        self.note = Note(psutil.Process().memory_info().rss)
+        self.note, self.writing = Note(psutil.Process().memory_info().rss), threading.Lock()
         self.write()
         if host_limit is not None:
             threading.Thread(target=self._watch, name="dlnb-memory", daemon=True).start()
 
     def write(self, **more: Any) -> None:
-        self.note = self.note._replace(**more)
-        new = _path(self.folder, self.rank).with_suffix(".new")
-        new.write_text(json.dumps(self.note._asdict()))
-        new.replace(_path(self.folder, self.rank))
+        with self.writing:
+            self.note = self.note._replace(**more)
+            new = _path(self.folder, self.rank).with_suffix(".new")
+            new.write_text(json.dumps(self.note._asdict()))
+            new.replace(_path(self.folder, self.rank))
 
     def _watch(self) -> None:
         while not self.ended.wait(LOOK_EVERY):
