@@ -67,27 +67,36 @@ def exited_early(
     left = [rank for rank in read_ranks(folder) if rank.status == "finished" and rank.ename == LEFT["ename"]]
     return [replace(rank, evalue="it left here with sys.exit(0), and the others waited for it") for rank in left]
 
+# %% ../../nbs/launch/03_failure.ipynb #4b0c7e15
+def _children(process: int) -> list[Any]:
+    "A process's children, as psutil has them; none where it has ended."
+    import psutil
+
+    try:
+        return psutil.Process(process).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _may_run(process: Any, script: str) -> bool:
+    "Whether a process runs a script, as far as it can be told, and has not ended, as others that a notebook starts may have."
+    import psutil
+
+    try:
+        words = process.cmdline()
+        return process.status() != psutil.STATUS_ZOMBIE and (script in words or not words)
+    except psutil.NoSuchProcess:
+        return False
+
 # %% ../../nbs/launch/03_failure.ipynb #d9874b5f
-def is_starting(
+def unfinished_ranks(
     folder: Path,  # the job folder
     kernel: int,  # the kernel's process id
-) -> bool:
-    "Whether the kernel has started a rank that has not written its record yet."
-    import psutil
-
-    known = {rank.pid for rank in read_ranks(folder)}
-    try:
-        children = psutil.Process(kernel).children()
-    except psutil.NoSuchProcess:
-        return False
-    return any(_runs(child, str(folder / "rank.py")) for child in children if child.pid not in known)
-
-
-def _runs(process: Any, script: str) -> bool:
-    "Whether a process runs a script, and has not ended meanwhile, as others that a notebook starts may have."
-    import psutil
-
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and script in process.cmdline()
-    except psutil.NoSuchProcess:
-        return False
+    cell: int = 0,  # the index of the one that a rank without a record is taken to be in
+) -> list[Rank]:  # rank 1 stands for one without a record
+    "The ranks that the kernel has started and that have not finished."
+    children = _children(kernel)
+    ranks = read_ranks(folder)
+    known = {rank.pid for rank in ranks}
+    starting = [child.pid for child in children if child.pid not in known and _may_run(child, str(folder / "rank.py"))]
+    return [rank for rank in ranks if rank.status != "finished"] + [Rank(1, pid, cell=cell) for pid in starting]

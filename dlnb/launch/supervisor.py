@@ -16,10 +16,10 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat.v4 import new_output
 
 from .diagnosis import INTERVAL, diagnose, shows_error
-from .failure import is_starting
+from .failure import unfinished_ranks
 from .kernel_client import KernelClient
 from .manager import NotebookManager, shown_in, write_failure
-from .rank_record import Rank, read_ranks
+from .rank_record import Rank
 from .rank_watch import RankWatch
 from .stop_request import StopRequest, signals_handled
 from ..system.job import is_preempted
@@ -70,13 +70,13 @@ JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has
 
 def join_ranks(client: WatchedClient) -> None:
     "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."
-    index, folder = len(client.nb.cells) - 1, client.folder
+    index = len(client.nb.cells) - 1
     deadline = time.monotonic() + JOIN_GRACE
-    while (late := [rank for rank in read_ranks(folder) if rank.status != "finished"]) or is_starting(folder, client.group):
+    while late := unfinished_ranks(client.folder, client.group, cell=index):
         if client.is_over(index):
             raise DeadKernelError("a rank failed after rank 0 had finished")
         if time.monotonic() > deadline:
-            failure = late[0] if late else Rank(1, 0, cell=index)
+            failure = late[0]
             failure.ename, failure.time = "RankHangs", time.time()
             failure.evalue = f"still running {JOIN_GRACE:.0f} s after rank 0 had finished"
             client.ranks.failure = failure
