@@ -120,7 +120,7 @@ def test_a_second_host_or_container_is_refused_the_first_trains_on_and_its_kill_
         first.wait()
         began = time.monotonic()
         with hold(folder):
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10  # sooner than its heartbeat is stale
         assert RunRecord.read(folder).state == "interrupted"
 
 
@@ -205,7 +205,7 @@ def test_the_lock_is_the_holders_as_long_as_it_lives(tmp_path, do, holds):
         process.wait()
         began = time.monotonic()
         with hold(tmp_path / "run"):
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 10  # sooner than its heartbeat is stale
         assert holds or [child for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(child.info["cmdline"] or ())]
 
 
