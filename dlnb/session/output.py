@@ -31,22 +31,27 @@ class Output:
         self.path = folder / "rank-0.log"
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
-    def read(self, last: bool = False) -> str:
-        "What was printed since the last call."
+    @property
+    def printed(self) -> int:
+        "The length of rank 0's log, in bytes."
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def read(self, end: int | None = None, last: bool = False) -> str:
+        "What was printed since the last call; by rank 0 up to that place in its log."
         if self.own is None and self.path.exists():
             self.own = self.path.open("rb")
-        text = self.decode(self.own.read()) if self.own else ""
+        text = self.decode(self.own.read(-1 if end is None else max(0, end - self.own.tell()))) if self.own else ""
         return text + "".join(follower.read(last) for follower in self.followers)
 
-    def show(self, last: bool = False) -> None:
-        if text := self.read(last):
+    def show(self, end: int | None = None, last: bool = False) -> None:
+        if text := self.read(end, last):
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def handle(self, message: tuple) -> None:
-        "Publish what rank 0 displays, as the cell's own."
-        self.show()
-        kind, *content = message
+        "Publish what rank 0 displays, as the cell's own, after what it had printed before."
+        kind, *content, printed = message
+        self.show(printed)
         shown: dict[str, Callable[..., None]] = {"display": publish, "clear": clear, "comm": self.comms.handle}
         shown[kind](*content)
 

@@ -162,19 +162,26 @@ class Exchange:
 
     def run(self, request: tuple) -> Answers:
         "Send it, and show what the ranks print until all have answered."
-        for rank in self.answers.waiting:
-            self.processes.send(rank, (self.number, *request))
-        with self.interrupts.handled():
+        with self.interrupts.handled():  # from the first message to the last: one of which half is sent would be completed by the next
+            for rank in self.answers.waiting:
+                self.processes.send(rank, (self.number, *request))
             while self.answers.waiting:
-                for rank, message in self.processes.receive(0.05):
-                    take(self, rank, message)
-                self.output.show()
+                self.receive()
                 self.meanwhile()
                 self.interrupts.pass_on(self.number, self.answers.waiting)
                 self.look()
-        self.finish()
-        self.output.show(last=True)
+            self.finish()
+            self.output.show(last=True)
         return self.answers
+
+    def receive(self) -> None:
+        "Take at most one message of each rank. Where rank 0 has sent none, what it had printed before belongs to no message that is under way."
+        printed = self.output.printed
+        messages = dict(self.processes.receive(0.05))
+        for rank, message in messages.items():
+            take(self, rank, message)
+        if 0 not in messages:
+            self.output.show(printed)
 
     def look(self) -> None: ...
 
@@ -214,6 +221,7 @@ def leave_process_groups(processes: RankProcesses) -> None:
 
 # %% ../../nbs/session/06_session.ipynb #567166f8
 ABORT_AFTER = 0.5  # seconds for the others to answer, after one has failed; then they abandon the collective that they are in
+ABANDON_EVERY = 1.0  # seconds
 PATIENCE = 20.0  # seconds for them to answer after that; then they are ended
 DEATH_PATIENCE = 3.0  # the same where nothing is to be kept: a rank has died, or the session ends with an interrupt
 
@@ -226,6 +234,7 @@ class WatchedExchange(Exchange):
     def __init__(self, running: RunningRanks, ranks: set[int]):
         super().__init__(running, ranks)
         self.watch = running.watch
+        self.abandon_after = ABORT_AFTER  # seconds after the first failure
 
     def look(self) -> None:
         "Look for ranks that wait for another one, or make no progress."
@@ -236,8 +245,8 @@ class WatchedExchange(Exchange):
 
     def rescue(self) -> None:
         "Have the ranks that have not answered abandon what they wait in, and later give them up."
-        if not self.is_cut_off:
-            self.is_cut_off = True
+        if self.answers.since_failure > self.abandon_after:
+            self.abandon_after, self.is_cut_off = self.answers.since_failure + ABANDON_EVERY, True
             for rank in self.answers.waiting:
                 self.processes.send(rank, ("abandon", self.processes.pids))
         in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/session/03_shell.ipynb #e3f0a558
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,6 @@ def display_classes(
     from IPython.core.displaypub import DisplayPublisher
 
     def publish(data: dict, metadata: dict | None = None, transient: dict | None = None, update: bool = False) -> None:
-        sys.stdout.flush()  # what was printed before is shown before
         send(("display", data, metadata or {}, transient or {}, update))
 
     class Publisher(DisplayPublisher):
@@ -33,7 +33,6 @@ def display_classes(
             publish(data, metadata, transient, update)
 
         def clear_output(self, wait: bool = False) -> None:
-            sys.stdout.flush()
             send(("clear", wait))
 
     class Hook(DisplayHook):
@@ -45,6 +44,17 @@ def display_classes(
     return {"display_pub_class": Publisher, "displayhook_class": Hook}
 
 # %% ../../nbs/session/03_shell.ipynb #9a573b8d
+def in_order(send: Send) -> Send:
+    "Send messages with the length of this process's log, in bytes, at their end."
+
+    def send_in_order(message: tuple) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        send((*message, os.fstat(1).st_size))
+
+    return send_in_order
+
+
 def print_text(message: tuple) -> None:
     "Print what a rank other than the first displays."
     kind, *content = message
@@ -54,7 +64,8 @@ def print_text(message: tuple) -> None:
 
 def session_shell(rank: int, send: Send) -> Any:
     "The shell of a rank; `send` takes what rank 0 displays."
-    shell = make_shell(**display_classes(send if rank == 0 else print_text))
+    send = in_order(send) if rank == 0 else print_text
+    shell = make_shell(**display_classes(send))
     shell.sends_displays = rank == 0
     if rank == 0:
         shell.display_formatter.active_types = shell.display_formatter.format_types

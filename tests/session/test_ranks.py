@@ -80,6 +80,24 @@ def test_figures_and_widgets_of_rank_0_show(kernel):
     assert "application/vnd.jupyter.widget-view+json" in shown.displays[-1]
 
 
+def test_what_is_printed_and_displayed_keeps_its_order(kernel):
+    cell = "%%ranks 0\nfor number in range(50):\n    print('before', number)\n    display(number)\n    print('after', number)"
+    shown = [
+        content["text"] if kind == "stream" else content["data"]["text/plain"] + "\n"
+        for kind, content in kernel.messages(kernel.start(cell))
+        if kind in ("stream", "display_data")
+    ]
+    assert "".join(shown) == "".join(f"before {number}\n{number}\nafter {number}\n" for number in range(50))
+
+
+def test_clearing_the_output_leaves_what_is_printed_afterwards(kernel):
+    cell = "%%ranks 0\nfrom IPython.display import clear_output\nfor number in range(50):\n    clear_output()\n    print(number)"
+    shown = ""
+    for kind, content in kernel.messages(kernel.start(cell)):
+        shown = "" if kind == "clear_output" else shown + content["text"] if kind == "stream" else shown
+    assert shown == "49\n"
+
+
 def test_a_widget_that_is_moved_in_the_page_moves_on_the_rank(kernel):
     shown = kernel.run("%%ranks 0\nimport ipywidgets\nslider = ipywidgets.IntSlider(3)\nslider")
     comm_id = shown.displays[-1]["application/vnd.jupyter.widget-view+json"]["model_id"]
@@ -93,6 +111,32 @@ def test_the_failing_ranks_traceback_is_the_cells_and_the_other_one_does_not_wai
     assert shown.error.startswith("ZeroDivisionError: division by zero") and "[rank 1]" in shown.error
     assert "lr = 1 / 0" in shown.error and "session.py" not in shown.error
     assert group.run("ranks['rank']").value == "[0, 1]"
+
+
+def test_a_rank_that_comes_to_wait_long_after_the_failure_keeps_its_variables_too(kernel):
+    began = time.monotonic()
+    meet = "distributed.init_process_group('gloo', rank=rank, world_size=world_size)"
+    shown = kernel.run(
+        f"%%ranks\nimport time\nfrom torch import distributed\nkept = rank\ntime.sleep(2 - 2 * rank)\n1 / (1 - rank)\n{meet}"
+    )
+    assert shown.error.startswith("ZeroDivisionError") and time.monotonic() - began < 15
+    assert kernel.run("ranks['kept']").value == "[0, 1]"
+
+
+LARGE = """
+import os, signal, threading
+class Large:
+    "It takes a while to send, in which Stop is pressed."
+    def __reduce__(self):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return len, (bytes(400_000_000),)
+ranks['large'] = Large()
+"""
+
+
+def test_an_interrupt_while_a_value_is_sent_leaves_the_ranks_able_to_hear(kernel):
+    assert kernel.run(LARGE).error.split(":")[0] in ("", "KeyboardInterrupt")
+    assert kernel.run("ranks['rank']").value == "[0, 1]"
 
 
 def test_an_interrupt_reaches_ranks_that_wait_for_each_other_and_leaves_them_alive(group):
