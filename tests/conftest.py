@@ -97,8 +97,9 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
-    "The key of this installation is one of the tests' own."
+    "The key of this installation is one of the tests' own, and the history of its IPython is not written by other workers' kernels."
     os.environ["DLNB_KEY"] = str(tmp_path_factory.mktemp("installation") / "key")
+    os.environ["IPYTHONDIR"] = str(tmp_path_factory.mktemp("ipython"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A kernel as Jupyter starts one, with what its cells show."""
 
 import re
+import tempfile
 import time
 from pathlib import Path
 from queue import Empty
@@ -17,7 +18,8 @@ class Kernel:
     "A kernel in a folder. It starts at once, in a process group of its own, as Jupyter's do."
 
     def __init__(self, folder: Path):
-        self.manager = KernelManager(kernel_name="python3")
+        self.sockets = tempfile.TemporaryDirectory()  # of which no other process takes one first, as it may with a free port
+        self.manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{self.sockets.name}/kernel")
         self.manager.kernel_spec.argv[0] = warm_python()
         self.manager.start_kernel(cwd=str(folder))
         self.connect()
@@ -69,6 +71,7 @@ class Kernel:
         if self.manager.is_alive():
             self.manager.shutdown_kernel(now=True)
         self.manager.cleanup_resources()
+        self.sockets.cleanup()
 
 
 class Shown(NamedTuple):

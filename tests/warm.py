@@ -14,6 +14,7 @@ import gc
 import importlib.machinery
 import json
 import os
+import random
 import selectors
 import shutil
 import signal
@@ -152,7 +153,19 @@ class Late:
         return getattr(self._stream if current is self else current, attribute)
 
 
+def free_port() -> int:
+    "A port below those that the system gives to connections: no other process gets it by chance before this one listens."
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            return port
+
+
 def preload() -> None:
+    from lightning.fabric.plugins.environments import lightning
+
+    lightning.find_free_network_port = free_port
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     late = [Late(name, stream) for name, stream in streams.items()]
     sys.stdout, sys.stderr = late
@@ -193,7 +206,11 @@ def serve(listener: socket.socket) -> tuple[dict, list[int]] | None:
             for key, _ in selector.select(1 if zombies else None):
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
-                    request, files = receive(connection)
+                    try:
+                        request, files = receive(connection)
+                    except (ValueError, OSError):  # the client was killed before it could ask
+                        connection.close()
+                        continue
                     if not (pid := os.fork()):
                         return request, files
                     for file in files:

@@ -19,6 +19,7 @@ from ..checkpoint.manifest import Manifest
 from ..config import RunConfig
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
+from ..system.job import announce_ending
 from ..system.trainer_internals import logged_steps
 from ..system.zero_internals import full_size, master_weights
 from ..tracking.metrics import MetricsLogger
@@ -109,6 +110,10 @@ class RunRecorder(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.update(trainer, finished_epochs=trainer.current_epoch + 1)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            announce_ending()
 
     def update(self, trainer: Trainer, finished_epochs: int) -> None:
         "Note what was measured, and, in a training without checkpoints, how far it is; all ranks call it."

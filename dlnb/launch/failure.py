@@ -9,6 +9,7 @@ __all__ = []
 import os
 import re
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,13 @@ def _may_run(process: Any, script: str) -> bool:
 def unfinished_ranks(
     folder: Path,  # the job folder
     kernel: int,  # the kernel's process id
+    others: Collection[int] = (),  # the ranks that a launcher has started beside it
     cell: int = 0,  # the index of the one that a rank without a record is taken to be in
-) -> list[Rank]:  # rank 1 stands for one without a record
-    "The ranks that the kernel has started and that have not finished."
+) -> list[Rank]:  # rank 1 stands for one that the kernel has started and that has no record
+    "The ranks that have been started and have not finished."
     children = _children(kernel)
     ranks = read_ranks(folder)
     known = {rank.pid for rank in ranks}
-    starting = [child.pid for child in children if child.pid not in known and _may_run(child, str(folder / "rank.py"))]
-    return [rank for rank in ranks if rank.status != "finished"] + [Rank(1, pid, cell=cell) for pid in starting]
+    starting = [Rank(1, child.pid) for child in children if child.pid not in known and _may_run(child, str(folder / "rank.py"))]
+    starting += [Rank(number, 0) for number in others if number not in {rank.rank for rank in ranks}]
+    return [rank for rank in ranks if rank.status != "finished"] + [replace(rank, cell=cell) for rank in starting]

@@ -19,6 +19,7 @@ from .widgets import keep_shown_widgets
 
 # %% ../../nbs/launch/13_kernel_client.ipynb #24e96b68
 NO_TIMEOUT = 10**9  # seconds
+CATCH_UP = 0.1  # seconds to take messages that came while this process was held up itself, as by a slow disk
 
 
 class _LastOutputs:
@@ -38,6 +39,7 @@ class _LastOutputs:
                 self.client.iopub_timeout = self.client.silence  # for the message
                 raise asyncio.TimeoutError
             await asyncio.wait([self.outputs], timeout=self.client.silence)
+            await asyncio.wait([self.outputs], timeout=CATCH_UP)
         self.outputs.result()
 
 # %% ../../nbs/launch/13_kernel_client.ipynb #e8863537

@@ -43,6 +43,7 @@ def run_rank(
     number = external_rank()
     rank = Rank(int(os.environ["LOCAL_RANK"]) if number is None else number, os.getpid(), status="finished")
     redirect_output(Path(folder) / f"rank-{rank.rank}.log")
+    replace(rank, status="running").write(Path(folder))  # should it be killed before it has a shell
     sys.path[0] = ""  # as in a kernel: the folder it was started in, not the script's
     shell = make_shell()
     for rank.cell, cell in enumerate(json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]):

@@ -18,6 +18,7 @@ from ..system.process_group import signal_group
 # %% ../../nbs/launch/14_stop_request.ipynb #a16980fe
 SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)  # the signals that SLURM and torchrun send
 STOP_GRACE = 5.0  # seconds for all ranks to end after Ctrl-C or SIGTERM, before they are ended
+STEP_GRACE = 20.0  # as many more for a training that a scheduler asks, and that may be in a long step; SLURM and torchrun wait 30 in all
 
 
 class StopRequest:

@@ -19,9 +19,10 @@ from .diagnosis import INTERVAL, diagnose, shows_error
 from .failure import unfinished_ranks
 from .kernel_client import KernelClient
 from .manager import NotebookManager, shown_in, write_failure
+from .nodes import node_ranks
 from .rank_record import Rank
 from .rank_watch import RankWatch
-from .stop_request import StopRequest, signals_handled
+from .stop_request import SCHEDULERS, STEP_GRACE, StopRequest, signals_handled
 from ..system.job import is_preempted
 from ..system.process_group import end_group, guard, signal_group
 
@@ -60,9 +61,16 @@ class WatchedClient(KernelClient):
         if self.km.provisioner.process.poll() is None:
             self.seen_alive = time.time()
         self.ranks.look()
-        # All ranks are about to end when they were asked to, and a training saves before.
-        is_late = time.monotonic() > self.request.deadline and not (self.ranks.is_saving and not self.request.repeated)
-        return self.ranks.has_failed or is_late
+        return self.ranks.has_failed or self.is_late
+
+    @property
+    def is_late(self) -> bool:
+        "Whether ranks that were asked to end have had the time for it. Python looks at a signal between two calls, which may be a step each."
+        request, ranks = self.request, self.ranks
+        if not request.repeated and (ranks.is_saving or ranks.is_ending):
+            return False
+        is_in_step = request.signal in SCHEDULERS and not request.repeated and ranks.progress.ranks
+        return time.monotonic() > request.deadline + (STEP_GRACE if is_in_step else 0.0)
 
 # %% ../../nbs/launch/17_supervisor.ipynb #e373eef5
 JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has
@@ -72,7 +80,7 @@ def join_ranks(client: WatchedClient) -> None:
     "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."
     index = len(client.nb.cells) - 1
     deadline = time.monotonic() + JOIN_GRACE
-    while late := unfinished_ranks(client.folder, client.group, cell=index):
+    while late := unfinished_ranks(client.folder, client.group, node_ranks()[1:], cell=index):
         if client.is_over(index):
             raise DeadKernelError("a rank failed after rank 0 had finished")
         if time.monotonic() > deadline:

@@ -20,7 +20,7 @@ from ..errors import Preempted, Pruned
 from ..system.atomic import write_json
 from ..system.files import read_json
 from ..system.heartbeat import MISSED, touching
-from ..system.job import JOB, await_job_folder
+from ..system.job import JOB, announce_ending, await_job_folder
 from ..system.lock import find_holder
 from ..system.processes import Process
 from .environment import code_version, hardware, now, package_versions
@@ -261,6 +261,7 @@ def _keep(record: TrackedRecord) -> Iterator[None]:
             yield
     except BaseException as raised:
         error = raised
+        announce_ending()
         raise
     finally:
         if record.attempts > attempts:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def kill(job) -> None:
 @LONG
 @pytest.mark.parametrize("project, strategy", by_strategy())
 def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, papermill, project, here, strategy):
-    more = dict(strategy=strategy, devices=2, max_epochs=4, save_every_n_steps=1)
+    more = dict(strategy=strategy, devices=2, max_epochs=8, save_every_n_steps=1)
     if sentence := project.refused.get(strategy):
         with pytest.raises(Exception, match=sentence):
             train(launch, project, **more)
@@ -110,6 +111,7 @@ def test_two_ranks_train_it_and_a_kill_loses_nothing(launch, papermill, project,
     job = papermill(TRAIN, "--cwd", str(here), **texts)
     while not list((here / "runs").glob("*/train/*/*/checkpoints/last.ckpt")) and job.process.poll() is None:
         job.look()
+        time.sleep(0.02)
     kill(job)
     resumed = train(launch, project, "again", **more)
     assert record(resumed)["attempts"] == 2, "the kill came too late"

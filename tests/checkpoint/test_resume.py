@@ -20,9 +20,12 @@ SETTINGS = dict(accelerator="cpu", devices=2, max_epochs=4, batch_size=16, accum
 SETTINGS |= dict(save_every_n_steps=3, data_args='{"num_workers": 1}')
 
 
+RUN = "*/*/*/*/run.json"  # found without a look into the checkpoints, whose folders come and go
+
+
 def run_of(root):
     "The folder of the one run under `root`, and its record."
-    (path,) = root.rglob("run.json")
+    (path,) = root.glob(RUN)
     return path.parent, json.loads(path.read_text())
 
 
@@ -60,7 +63,7 @@ def batches_of(trace) -> dict[int, Counter]:
 
 def kill_at_random(job, root, draw, kind: str, during_a_save: bool) -> None:
     "Kill one of a training's processes once it trains: while it saves, or at any moment."
-    while not (root.exists() and any(root.rglob("run.json")) and run_of(root)[1]["pid"] in job.family):
+    while not (root.exists() and any(root.glob(RUN)) and run_of(root)[1]["pid"] in job.family):
         job.look()
         if job.process.poll() is not None:
             return

@@ -152,6 +152,23 @@ def sweep(temporary) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # whose files come and go meanwhile
 
 
+IN_A_LONG_CALL = """if index == 5:
+            import pathlib, signal
+            pathlib.Path(r"{}", f"in-step-{{self.global_rank}}").touch()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM}})
+            time.sleep(9)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGTERM}})"""
+
+
+def test_a_training_in_a_long_step_hears_a_scheduler_after_it_and_saves(training, tmp_path):
+    job = training(step=IN_A_LONG_CALL.format(tmp_path))
+    wait_for(lambda: len(list(tmp_path.glob("in-step-*"))) == 2, job)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75, job.log.read_text()[-2000:]
+    assert record(tmp_path)["status"] == "preempted" and list((tmp_path / "runs").rglob("last.ckpt"))
+    assert job.leftover() == []
+
+
 @pytest.mark.soak
 def test_a_swept_job_folder_does_not_keep_a_training_from_saving(training, temporary, tmp_path):
     job = training(max_epochs=500)
@@ -379,7 +396,7 @@ time.sleep(10)"""
 def test_a_trial_without_progress_has_failed(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_MODEL.format(step="__import__('threading').Event().wait()"))
     config = dict(model=f"{tmp_path}/slow.py:Slow", data="dlnb.examples:Digits", accelerator="cpu", devices=1)
-    outcome = run_trial(RunConfig(**config, progress_timeout=5), tmp_path / "trial", lambda *_: False, "hangs")
+    outcome = run_trial(RunConfig(**config, progress_timeout=15), tmp_path / "trial", lambda *_: False, "hangs")
     assert outcome.state == "failed" and outcome.error.startswith("no rank has made progress")
     assert "training_step" in outcome.error
     assert not list((tmp_path / "trial").glob("rank-*.progress"))

@@ -61,7 +61,7 @@ def family(job: Job) -> list[psutil.Process]:
 def test_a_job_is_left_by_the_stop_button_outlives_its_kernel_and_is_found_again(kernel, place):
     write_notebook(place / "count.ipynb", "n = 1", COUNT, "print('done', n)")
     console, shown = kernel(), []
-    assert "running" in console.run("from dlnb.engine import launch\njob = launch('count.ipynb', wait=False, n=100)\nprint(job.status)")
+    assert "running" in console.run("from dlnb.engine import launch\njob = launch('count.ipynb', wait=False, n=300)\nprint(job.status)")
     for _, content in console.messages(console.start("job.show()")):
         shown.append(content.get("text") or content.get("data", {}).get("text/plain", ""))
         if "at " in shown[-1] and "count.ipynb · running · cell 3 of 4" in shown[-1]:
@@ -71,7 +71,7 @@ def test_a_job_is_left_by_the_stop_button_outlives_its_kernel_and_is_found_again
     console.kill()
     assert job.status == "running"
     notebook, run = job.result(timeout=100)
-    assert notebook.cells[-1].outputs[0].text == "done 100\n" and run is None
+    assert notebook.cells[-1].outputs[0].text == "done 300\n" and run is None
 
 
 def test_papermill_with_the_engine_shows_what_launch_shows(kernel, place):

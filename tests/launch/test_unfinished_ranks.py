@@ -10,6 +10,7 @@ import pytest
 
 from dlnb.launch.failure import unfinished_ranks
 from dlnb.launch.job_folder import job_folder
+from dlnb.launch.rank_record import Rank
 
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
 
@@ -54,6 +55,13 @@ def test_a_rank_is_waited_for_while_the_system_starts_it():
         assert process.stdout.readline() == b"nameless\n"
         assert psutil.Process(process.pid).cmdline() == []
         assert [rank.pid for rank in unfinished_ranks(folder, os.getpid())] == [process.pid]
+
+
+def test_the_ranks_that_a_launcher_starts_are_waited_for_before_they_have_a_record():
+    with job_folder("{}") as folder:
+        Rank(2, os.getpid(), status="finished").write(folder)
+        late = unfinished_ranks(folder, os.getpid(), others=[1, 2, 3], cell=4)
+        assert [(rank.rank, rank.cell) for rank in late] == [(1, 4), (3, 4)]
 
 
 def test_a_rank_is_waited_for_while_it_writes_its_record():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from warm import warm_python
 
@@ -26,6 +26,7 @@ def shares(length: int, ranks: int, batch_size: int, accumulate: int = 1, epoch:
     return [list(sampler) for sampler in samplers]
 
 
+@settings(deadline=None)
 @given(steps=st.integers(1, 5), rest=st.floats(0, 0.99), ranks=RANKS, batch=BATCH, accumulate=st.integers(1, 4))
 def test_training_epoch_is_whole_steps_and_each_sample_at_most_once(steps, rest, ranks, batch, accumulate):
     step_samples = ranks * batch * accumulate
@@ -35,6 +36,7 @@ def test_training_epoch_is_whole_steps_and_each_sample_at_most_once(steps, rest,
     assert len(seen) == len(set(seen))
 
 
+@settings(deadline=None)
 @given(length=st.integers(24, 400), epoch=st.integers(0, 5))
 def test_a_step_holds_the_same_samples_for_any_number_of_ranks(length, epoch):
     def steps(ranks, batch, accumulate):
@@ -48,6 +50,7 @@ def test_a_step_holds_the_same_samples_for_any_number_of_ranks(length, epoch):
         assert steps(ranks, batch, accumulate) == expected
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 500), ranks=RANKS, batch=st.integers(1, 64))
 def test_evaluation_sees_each_sample_once_in_equally_many_batches(length, ranks, batch):
     if length < ranks:

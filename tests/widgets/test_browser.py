@@ -163,16 +163,22 @@ def lab(page, folder: Path, notebook: Path):
         yield
 
 
+def save(page, notebook, holds):
+    "Save it until its text holds what the page shows: JupyterLab passes over a Ctrl+S while it is busy. Returns what `holds` gives."
+    deadline = time.monotonic() + 60
+    while not (found := holds(notebook.read_text())):
+        assert time.monotonic() < deadline
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(2000)
+    return found
+
+
 def test_runs_are_compared_in_jupyterlab_and_their_notebooks_opened(folder, page, tmp_path):
     notebook = write_page(folder / "nbs" / "page.ipynb", "from dlnb.widgets.runs import Runs\nRuns('../runs')")
     with lab(page, folder, notebook):
         overlaid(page)
         page.screenshot(path=tmp_path / "lab.png")
-        page.keyboard.press("Control+s")
-        deadline = time.monotonic() + 60
-        while not (outputs := json.loads(notebook.read_text())["cells"][0]["outputs"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        outputs = save(page, notebook, lambda text: json.loads(text)["cells"][0]["outputs"])
         assert "run-0" in "".join(outputs[0]["data"]["text/html"])  # for whoever opens the file without a kernel
         page.get_by_role("tab", name="Notebooks").click()
         page.get_by_role("link", name="Digits-DigitsNet/train/ddp/run-2").click()
@@ -193,11 +199,7 @@ def test_a_card_moves_in_jupyterlab_and_stays_in_the_file(folder, page, tmp_path
         record.status, record.ended, record.step = "finished", now(), 100
         record.write()
         page.get_by_text("100 of 100").wait_for()
-        page.keyboard.press("Control+s")
-        deadline = time.monotonic() + 60
-        while "100 of 100" not in notebook.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        save(page, notebook, lambda text: "100 of 100" in text)
 
 
 def test_a_search_is_watched_and_given_a_trial_by_voila(tmp_path, page):
