@@ -163,12 +163,12 @@ def free_port() -> int:
 
 
 def preload() -> None:
-    from lightning.fabric.plugins.environments import lightning
-
-    lightning.find_free_network_port = free_port
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     late = [Late(name, stream) for name, stream in streams.items()]
     sys.stdout, sys.stderr = late
+    from lightning.fabric.plugins.environments import lightning
+
+    lightning.find_free_network_port = free_port
     for module in PRELOADED:
         __import__(module)
     sys.stdout, sys.stderr = streams.values()

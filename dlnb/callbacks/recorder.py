@@ -19,7 +19,7 @@ from ..checkpoint.manifest import Manifest
 from ..config import RunConfig
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
-from ..system.job import announce_ending
+from ..system.progress import announce_ending
 from ..system.trainer_internals import logged_steps
 from ..system.zero_internals import full_size, master_weights
 from ..tracking.metrics import MetricsLogger

@@ -108,6 +108,6 @@ def save_checkpoint(
         remove_path(staging)
     with collected(trainer.strategy, files, manifest.partial.left_out if manifest.partial else ()):
         trainer.save_checkpoint(staging)
-    if trainer.is_global_zero or files:
+    if trainer.is_global_zero or files or staging.is_dir():
         writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals, notes), background)
     writer.pauses.append(time.perf_counter() - began)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #70b65770
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class HostCopy:
     ) -> Any:  # the same, with copies of the tensors
         "Copy. Tensors that share memory share it in the copy; a view takes the memory of its own elements."
         tensors = TensorCopies({key: list(buffers) for key, buffers in self.buffers.items()})
-        copied = copy_nested(content, tensors.copy)
+        copied = copy_nested(content, tensors.copy, {})
         self.buffers = tensors.taken  # what was not used is given back
         return copied
 
@@ -57,24 +58,25 @@ class TensorCopies:
         return buffer
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #e24e2216
-def copy_nested(value: Any, copy_tensor: Callable[[Any], Any]) -> Any:
-    "Dictionaries, lists and tuples with copies of the tensors in them."
+def copy_nested(value: Any, copy_tensor: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    "Dictionaries, lists and tuples with copies of the tensors and objects in them."
     import torch
 
     if isinstance(value, torch.Tensor):
         return copy_tensor(value)
     if type(value) in (list, tuple):
-        return type(value)(copy_nested(item, copy_tensor) for item in value)
+        return type(value)(copy_nested(item, copy_tensor, memo) for item in value)
     if isinstance(value, dict):
-        copied = {key: copy_nested(item, copy_tensor) for key, item in value.items()}
+        copied = {key: copy_nested(item, copy_tensor, memo) for key, item in value.items()}
         return copied if type(value) is dict else _like(value, copied)
-    return value
+    try:
+        return copy.deepcopy(value, memo)  # the training changes it meanwhile, as it does a loss scaler
+    except Exception:  # what pickles all the same, such as an object with a tensor that has a graph
+        return value
 
 
 def _like(value: dict, content: dict) -> dict:
     "A dictionary of the same class, with the attributes that torch puts on a state_dict."
-    import copy
-
     new = copy.copy(value)
     new.clear()
     new.update(content)

@@ -48,6 +48,9 @@ def write_files(work: Write) -> None:
         _write_note(work)
 
 
+PARTS_GRACE = 10.0  # seconds for the other ranks to write their parts, after the training has failed
+
+
 def await_notes(work: Write, abandoned: threading.Event) -> None:
     "Wait until all ranks have written. Raises `ChildProcessError` where the training has failed and a note does not come."
     wanted = [_note(work.staging, rank) for rank in range(work.manifest.world_size)]
@@ -55,7 +58,7 @@ def await_notes(work: Write, abandoned: threading.Event) -> None:
     while not all(path.exists() for path in wanted):
         if abandoned.is_set():
             failed = failed or time.monotonic()
-            if time.monotonic() > failed + 2:
+            if time.monotonic() > failed + PARTS_GRACE:
                 raise ChildProcessError("Another rank ended before it had written its part of the checkpoint.")
         time.sleep(0.01)
 

@@ -52,12 +52,13 @@ def arrays(weight: Weight) -> Iterator[Any]:
     dtype = CASTABLE.get(weight.dtype, f"u{width}")
     if weight.strided:
         span = weight.strided.span()
-        flat = numpy.memmap(span.path, dtype, "r", span.offset, span.size // width)
+        with span.open() as file:
+            flat = numpy.memmap(file, dtype, "r", span.offset, span.size // width)
         strides = [stride * width for stride in weight.strided.strides]
         yield from _in_order(numpy.lib.stride_tricks.as_strided(flat, weight.shape, strides, writeable=False))
         return
     for piece in weight.pieces():
-        with piece.path.open("rb", buffering=0) as file:
+        with piece.open().detach() as file:
             advise(file.fileno(), "SEQUENTIAL")
             file.seek(piece.offset)
             for start in range(0, piece.size, BUFFER):

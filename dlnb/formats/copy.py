@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .torch_zip import Piece
-from ..system.files import advise, open_regular
+from ..system.files import advise
 
 # %% ../../nbs/formats/09_copy.ipynb #394240de
 BLOCK = 1 << 21  # bytes that a thread reads at once
@@ -94,7 +94,7 @@ def _move(portion: list[Move]) -> int:
         opened: dict[Path, int] = {}
         for piece, target, position in portion:
             if piece.path not in opened:
-                opened[piece.path] = files.enter_context(open_regular(piece.path)).fileno()
+                opened[piece.path] = files.enter_context(piece.open()).fileno()
                 advise(opened[piece.path], "SEQUENTIAL")
             try:
                 _copy(opened[piece.path], piece.offset, target, position, piece.size)

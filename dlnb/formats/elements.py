@@ -59,7 +59,8 @@ def _contents(weight: Weight, first: int, last: int) -> Iterator[tuple[memoryvie
     for piece in weight.pieces():
         begin, end = max(first, position), min(last, position + piece.size)
         if begin < end:
-            content = np.fromfile(piece.path, np.uint8, end - begin, offset=piece.offset + begin - position)
+            with piece.open() as file:
+                content = np.fromfile(file, np.uint8, end - begin, offset=piece.offset + begin - position)
             if len(content) < end - begin:
                 raise ValueError(f"{piece.path} is truncated: it ends before byte {piece.offset + piece.size}.")
             yield memoryview(content), begin

@@ -15,7 +15,7 @@ from typing import Any
 from .layout import Layout, Weight, check_weight_name, named_error
 from .tensors import ITEM_SIZES, checked_shape
 from .torch_zip import Piece
-from ..system.files import JSON_SIZE, open_regular, parse_json, read_json, shown
+from ..system.files import JSON_SIZE, open_regular, parse_json, read_json, shown, version_of
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #7acbd676
 PARTIAL = "partial"  # the key in `__metadata__` for what a file leaves out
@@ -23,7 +23,7 @@ PARTIAL = "partial"  # the key in `__metadata__` for what a file leaves out
 
 def read_safetensors(path: Path) -> Layout:
     with open_regular(path) as file:
-        total = os.fstat(file.fileno()).st_size
+        total, version = os.fstat(file.fileno()).st_size, version_of(file.fileno())
         start = file.read(8)
         begin = 8 + int.from_bytes(start, "little")
         content = file.read(begin - 8) if begin <= total and begin - 8 <= JSON_SIZE else b""
@@ -45,7 +45,7 @@ def read_safetensors(path: Path) -> Layout:
             raise ValueError(f"its tensors have {end} bytes, and {total - begin} are there")
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            piece = Piece(path, begin + first, last - first)
+            piece = Piece(path, begin + first, last - first, version)
             weights[name] = Weight(entry["dtype"], tuple(entry["shape"]), partial(iter, [piece]))
         tied = {name: to for name, to in metadata.items() if name not in ("format", PARTIAL, *weights) and to in weights}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..system.files import advise, open_regular, shown
+from ..system.files import advise, open_regular, shown, version_of
 
 # %% ../../nbs/formats/00_torch_zip.ipynb #5500c5fc
 class Piece(NamedTuple):
@@ -24,6 +24,17 @@ class Piece(NamedTuple):
     path: Path
     offset: int  # bytes from the file's beginning
     size: int  # bytes
+    version: tuple[int, int] | None = None  # of the file, as `version_of` has it; None for any
+
+    def open(self) -> io.BufferedReader:
+        "Open the file. Raises `ValueError` where it was replaced since its places were read, as `last.ckpt` is by a training."
+        file = open_regular(self.path)
+        if self.version in (None, version_of(file.fileno())):
+            return file
+        file.close()
+        raise ValueError(
+            f"{self.path} was replaced while it was read, as a training does with its last checkpoint. Give the command again."
+        )
 
 
 LIMIT = 1 << 25  # bytes of a pickle; 200,000 parameters' names and shapes
@@ -46,7 +57,7 @@ class Members:
         opened = open_regular(self.path)
         try:
             with _Directory(opened.detach()) as file, zipfile.ZipFile(file) as archive:
-                self.size = os.fstat(file.fileno()).st_size
+                self.size, self.version = os.fstat(file.fileno()).st_size, version_of(file.fileno())
                 for info in archive.infolist():
                     name = info.filename.partition("/")[2]
                     if self.members.setdefault(name, info) is not info:
@@ -57,6 +68,10 @@ class Members:
             raise self._damage(error) from error
         except Exception as error:  # a damaged directory can fail in any way
             raise self._damage(error) from error
+
+    def open(self) -> io.BufferedReader:
+        "Open the file once more. Raises `ValueError` where it was replaced."
+        return Piece(self.path, 0, self.size, self.version).open()
 
     def _damage(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path} is truncated, damaged, or not a file of torch.save (torch 1.6 or newer): {shown(str(error))}.")
@@ -95,7 +110,7 @@ class StoredMembers(Members):
 
     def _read_headers(self) -> dict[int, bytes]:
         places = [info.header_offset for info in self.members.values() if 0 <= info.header_offset < self.size]
-        with open_regular(self.path) as file:
+        with self.open() as file:
             for place in places:
                 advise(file.fileno(), "WILLNEED", place, 30)
             self._headers = {place: os.pread(file.fileno(), 30, place) for place in places}
@@ -119,7 +134,7 @@ class Archive(StoredMembers):
     ) -> Piece:
         "Bytes of a storage, by their place in the whole file. Raises `ValueError` where the file does not have them."
         self.check(f"data/{key}", offset, size)
-        return Piece(self.path, self._begin(f"data/{key}") + offset, size)
+        return Piece(self.path, self._begin(f"data/{key}") + offset, size, self.version)
 
     def content(
         self,
@@ -131,7 +146,7 @@ class Archive(StoredMembers):
         info = self.members[member]
         if info.file_size > limit:
             raise ValueError(f"{self.path}: {member} has {info.file_size:,} bytes, and at most {limit:,} are read.")
-        with open_regular(self.path) as file:
+        with self.open() as file:
             content = os.pread(file.fileno(), info.file_size, self._begin(member))
         if zlib.crc32(content) != info.CRC:
             raise ValueError(f"{self.path} is damaged: {member} is not what was written.")

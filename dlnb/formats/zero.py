@@ -61,7 +61,7 @@ def scalar(value: Any) -> float | None:
     "A number, also where it was saved as a tensor of one float32 element."
     if isinstance(value, StoredTensor) and value.size == 1 and value.dtype == "F32":
         piece = value.piece()
-        with open_regular(piece.path) as file:
+        with piece.open() as file:
             return struct.unpack("<f", os.pread(file.fileno(), 4, piece.offset))[0]
     return float(value) if isinstance(value, int | float) else None
 
@@ -121,7 +121,8 @@ class _Vector:
         while start < stop:
             begin = self.ends[part - 1] if part else 0
             end = min(stop, self.ends[part])
-            yield Piece(self.parts[part].path, self.parts[part].offset + (start - begin) * width, (end - start) * width)
+            whole = self.parts[part]
+            yield whole._replace(offset=whole.offset + (start - begin) * width, size=(end - start) * width)
             start, part = end, part + 1
 
 # %% ../../nbs/formats/06_zero.ipynb #8cf30ea9

@@ -13,14 +13,12 @@ from pathlib import Path
 from .environment import external_rank
 from .failure import distance_from_cause, find_cause, find_failure
 from .logs import LogFollower
-from .rank_record import CAUSE_GRACE, Rank, read_ranks
-from ..system.job import is_ending
-from ..system.progress import ProgressWatch, collect_stacks
+from .rank_record import CAUSE_GRACE, ENDING_GRACE, Rank, read_ranks
+from ..system.progress import ProgressWatch, collect_stacks, is_ending
 
 # %% ../../nbs/launch/15_rank_watch.ipynb #302227fb
 GRACE = 1.5  # seconds for the kernel to report its own error after another rank has failed
 KILL_GRACE = 8.0  # the same after another rank was killed: by Lightning, perhaps, as the kernel was interrupted
-ENDING_GRACE = 60.0  # the same for a kernel that has an exception, and completes what it is writing
 OTHERS_FIRST = 10.0  # seconds that a node whose ranks only wait leaves it to the others to report which one is the root cause
 
 
@@ -50,12 +48,11 @@ class RankWatch:
         if self.failure is None:
             return False
         grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[distance_from_cause(self.failure)]
-        return time.time() > self.failure.time + grace and not self.is_ending
+        return time.time() > self.failure.time + grace and not self.is_ending(self.failure.time)
 
-    @property
-    def is_ending(self) -> bool:
-        "Whether rank 0 has an exception, and completes what it is writing."
-        return is_ending(self.folder, ENDING_GRACE)
+    def is_ending(self, since: float) -> bool:
+        "Whether rank 0 has an exception, and completes what it is writing; at most for a minute after that time, in seconds since the epoch."
+        return is_ending(self.folder, ENDING_GRACE) and time.time() < since + ENDING_GRACE
 
     @property
     def is_saving(self) -> bool:

@@ -67,7 +67,7 @@ class WatchedClient(KernelClient):
     def is_late(self) -> bool:
         "Whether ranks that were asked to end have had the time for it. Python looks at a signal between two calls, which may be a step each."
         request, ranks = self.request, self.ranks
-        if not request.repeated and (ranks.is_saving or ranks.is_ending):
+        if not request.repeated and (ranks.is_saving or ranks.is_ending(request.time)):
             return False
         is_in_step = request.signal in SCHEDULERS and not request.repeated and ranks.progress.ranks
         return time.monotonic() > request.deadline + (STEP_GRACE if is_in_step else 0.0)

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from ..config import RunConfig
-from .trial_ranks import GRACE, Outcome, Report, TrialRanks
+from .trial_ranks import Outcome, Report, TrialRanks
 from ..session.place import Resources
-from ..system.progress import ProgressWatch, collect_stacks
+from ..system.progress import ENDING, ProgressWatch, collect_stacks
 
 # %% ../../nbs/search/05_trial.ipynb #6092ecbc
 def run_trial(
@@ -35,8 +35,10 @@ def run_trial(
         while not ranks.has_ended:
             ranks.listen(0.2, report)
             if ranks.failure:
-                ranks.listen(GRACE, report)
+                ranks.listen_to_others(report, folder)
                 return ranks.failure
+            if ranks.has_ended:
+                break
             if watch.look():
                 return _hung(folder, watch)
             if stop and stop.is_set():
@@ -50,7 +52,7 @@ def run_trial(
 
 # %% ../../nbs/search/05_trial.ipynb #8e2d6214
 def _forget_progress(folder: Path) -> None:
-    for path in (*folder.glob("rank-*.progress"), *folder.glob("rank-*.stacks")):
+    for path in (*folder.glob("rank-*.progress"), *folder.glob("rank-*.stacks"), folder / ENDING):
         path.unlink(missing_ok=True)
 
 

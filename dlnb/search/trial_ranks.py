@@ -6,14 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #f5f52ca9
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..config import RunConfig
+from ..launch.failure import LOST_CONNECTION
+from ..launch.rank_record import ENDING_GRACE
 from ..session.place import Place, Resources
 from ..session.processes import Died, RankProcesses
+from ..system.progress import is_ending
 from ..training.on_ranks import preloaded
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #998c50bd
@@ -51,6 +55,10 @@ def _run_trial(place: Place, channel: Any, settings: dict[str, Any], group: str,
         channel.send(("end", Outcome("failed", f"rank {place.rank}: {traceback.format_exc()}")))
 
 # %% ../../nbs/search/04_trial_ranks.ipynb #663ff22e
+def _is_lost_connection(failure: Outcome) -> bool:
+    return bool(LOST_CONNECTION.search((failure.error or "").rstrip().rpartition("\n")[2]))
+
+
 class TrialRanks:
     "The ranks of one trial, and how each has ended."
 
@@ -75,14 +83,24 @@ class TrialRanks:
             else:
                 self.processes.send(rank, report(*content))
 
+    def listen_to_others(self, report: Report, folder: Path) -> None:
+        "After a failure: give the other ranks a moment to report, and rank 0 a minute where it completes what it is writing."
+        failed = time.monotonic()
+        while not self.has_ended:
+            grace = ENDING_GRACE if 0 not in self.outcomes and is_ending(folder, ENDING_GRACE) else GRACE
+            if time.monotonic() > failed + grace:
+                return
+            self.listen(0.05, report)
+
     @property
     def has_ended(self) -> bool:
         return len(self.outcomes) == len(self.processes.processes)
 
     @property
     def failure(self) -> Outcome | None:
-        "The first failure that was reported."
-        return next((outcome for outcome in self.outcomes.values() if outcome.state == "failed"), None)
+        "The first failure that was reported; a lost connection follows from another one."
+        failures = [outcome for outcome in self.outcomes.values() if outcome.state == "failed"]
+        return min(failures, key=_is_lost_connection, default=None)
 
     def end(self) -> None:
         self.processes.end()

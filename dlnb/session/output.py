@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/session/05_output.ipynb #ca08f3e7
 import codecs
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,14 @@ class Output:
     @property
     def printed(self) -> int:
         "The length of rank 0's log, in bytes."
-        return self.path.stat().st_size if self.path.exists() else 0
+        if self.own is None and self.path.exists():
+            self.own = self.path.open("rb")
+        return os.fstat(self.own.fileno()).st_size if self.own else 0
 
     def read(self, end: int | None = None, last: bool = False) -> str:
         "What was printed since the last call; by rank 0 up to that place in its log."
-        if self.own is None and self.path.exists():
-            self.own = self.path.open("rb")
-        text = self.decode(self.own.read(-1 if end is None else max(0, end - self.own.tell()))) if self.own else ""
+        end = self.printed if end is None else end
+        text = self.decode(self.own.read(max(0, end - self.own.tell()))) if self.own else ""
         return text + "".join(follower.read(last) for follower in self.followers)
 
     def show(self, end: int | None = None, last: bool = False) -> None:

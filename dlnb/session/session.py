@@ -101,14 +101,18 @@ def as_error(failure: Rank, content: bytes | None) -> BaseException:
 class Interrupts:
     "Ctrl-C, and Jupyter's Stop button, while ranks work: each is a stronger signal to those that have not answered."
 
-    def __init__(self, processes: RankProcesses):
-        self.processes, self.number, self.passed_on = processes, 0, 0  # how many there were, and were passed on
+    def __init__(self, processes: RankProcesses, ranks: set[int]):
+        self.processes, self.ranks = processes, ranks  # that have not answered
+        self.number = self.passed_on = 0  # how many there were, and were passed on
         self.is_asking = False
 
     def count(self, *_: Any) -> None:
         self.number += 1
         if self.is_asking:
             raise KeyboardInterrupt
+        if self.number > 2:  # at once: what is being sent to a rank that does not read would keep `pass_on` from it
+            for rank in set(self.ranks):
+                self.processes.processes[rank].signal(signal.SIGKILL)
 
     def ask(self, prompt: str) -> str | None:
         "The user's answer, or None after an interrupt."
@@ -123,14 +127,11 @@ class Interrupts:
     def pass_on(
         self,
         request: int,  # its number
-        ranks: set[int],  # that have not answered it
     ) -> None:
-        if self.number == self.passed_on:
+        if self.number == self.passed_on or not self.ranks:
             return
         self.passed_on = self.number
-        for rank in ranks:
-            if self.number > 2:
-                self.processes.processes[rank].signal(signal.SIGKILL)
+        for rank in self.ranks:
             self.processes.send(rank, ("interrupt", request, (signal.SIGUSR1, signal.SIGINT)[self.number > 1], self.processes.pids))
 
     @contextmanager
@@ -155,7 +156,7 @@ class Exchange:
     def __init__(self, running: RunningRanks, ranks: set[int]):
         self.processes, self.output = running.processes, running.output
         self.answers, self.number = Answers(ranks), next(_numbers)
-        self.interrupts = Interrupts(self.processes)
+        self.interrupts = Interrupts(self.processes, self.answers.waiting)
         self.ended = ""  # why these ranks have ended
         self.is_cut_off = False  # whether a rank has closed its connections to the others
         self.meanwhile: Callable[[], None] = lambda: None  # called while the ranks work
@@ -168,7 +169,7 @@ class Exchange:
             while self.answers.waiting:
                 self.receive()
                 self.meanwhile()
-                self.interrupts.pass_on(self.number, self.answers.waiting)
+                self.interrupts.pass_on(self.number)
                 self.look()
             self.finish()
             self.output.show(last=True)
@@ -298,6 +299,8 @@ class RankService:
             self.close(exchange.ended)
         if cause := answers.cause:
             raise as_error(*cause)
+        if exchange.interrupts.number > exchange.interrupts.passed_on:  # it came when all had answered
+            raise KeyboardInterrupt
         return answers.values
 
     def close(self, why: str = "they were closed") -> None:

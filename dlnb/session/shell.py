@@ -46,11 +46,12 @@ def display_classes(
 # %% ../../nbs/session/03_shell.ipynb #9a573b8d
 def in_order(send: Send) -> Send:
     "Send messages with the length of this process's log, in bytes, at their end."
+    log = os.dup(1)  # a cell may redirect the output for a while
 
     def send_in_order(message: tuple) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        send((*message, os.fstat(1).st_size))
+        send((*message, os.fstat(log).st_size))
 
     return send_in_order
 

@@ -34,6 +34,12 @@ def open_regular(
     raise ValueError(f"{path} is not a regular file, but a pipe or a device.")
 
 
+def version_of(file: int) -> tuple[int, int]:
+    "What differs where another file has taken a name, or this one was written to: the inode, and the time of the last change in ns."
+    status = os.fstat(file)
+    return status.st_ino, status.st_mtime_ns
+
+
 def advise(
     file: int,  # descriptor
     advice: Literal["SEQUENTIAL", "WILLNEED", "DONTNEED"],  # as in posix_fadvise(2)

@@ -43,22 +43,6 @@ def is_preempted(
     return (folder / "preempted").exists()
 
 
-def announce_ending() -> None:
-    "Report to the engine that rank 0 has an exception, and is about to complete its checkpoint, its record and its W&B run."
-    _touch("ending")
-
-
-def is_ending(
-    folder: Path,  # the job folder
-    seconds: float,
-) -> bool:
-    "Whether rank 0 of this job has reported that, no longer ago than this."
-    try:
-        return time.time() - (folder / "ending").stat().st_mtime < seconds
-    except FileNotFoundError:
-        return False
-
-
 def _touch(name: str) -> None:
     if JOB in os.environ and await_job_folder(folder := Path(os.environ[JOB])):
         with suppress(OSError):  # a signal's handler must not end the training

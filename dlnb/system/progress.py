@@ -179,3 +179,23 @@ def _read(path: Path) -> str:
     with suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace")
     return ""
+
+# %% ../../nbs/system/07_progress.ipynb #3fe1a002
+ENDING = "ending"  # the name of the file
+
+
+def announce_ending() -> None:
+    "Report that rank 0 has an exception, and is about to complete what it is writing."
+    if folder := os.environ.get(PROGRESS):
+        with suppress(OSError):
+            Path(folder, ENDING).write_text(str(time.time()), encoding="utf-8")
+
+
+def is_ending(
+    folder: Path,  # that the ranks share
+    seconds: float,
+) -> bool:
+    "Whether rank 0 has reported that, no longer ago than this."
+    with suppress(OSError, ValueError):
+        return time.time() - float((folder / ENDING).read_text(encoding="utf-8")) < seconds
+    return False

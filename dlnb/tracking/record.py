@@ -20,9 +20,10 @@ from ..errors import Preempted, Pruned
 from ..system.atomic import write_json
 from ..system.files import read_json
 from ..system.heartbeat import MISSED, touching
-from ..system.job import JOB, announce_ending, await_job_folder
+from ..system.job import JOB, await_job_folder
 from ..system.lock import find_holder
 from ..system.processes import Process
+from ..system.progress import announce_ending
 from .environment import code_version, hardware, now, package_versions
 
 # %% ../../nbs/tracking/01_record.ipynb #001e14d5

@@ -7,11 +7,13 @@ import signal
 import sys
 import time
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
 from slow_mount import slow_mount
 
+from dlnb.checkpoint.collector import save_checkpoint
 from dlnb.checkpoint.manifest import KEY, Manifest
 from dlnb.checkpoint.search import UNFINISHED, find_checkpoint, tidy
 from dlnb.checkpoint.writer import Write, Writer
@@ -32,6 +34,28 @@ def save(folder, kind: str, step: int, background: bool = False) -> None:
     writer = Writer()
     writer.write(Write(staging, files, 0, manifest, names, [folder / f"step={step - 1}.ckpt"]), background)
     writer.finish()
+
+
+class Folder:
+    "A strategy that writes a folder itself, as FSDP does a sharded state."
+
+    checkpoint_io = None
+
+    def save_checkpoint(self) -> None: ...
+
+
+def test_a_folder_that_the_strategy_writes_itself_is_complete_when_all_ranks_have_written(tmp_path):
+    def write_part(path):
+        path.mkdir(exist_ok=True)
+        (path / "part.distcp").write_bytes(b"part")
+
+    writers, manifest = [Writer(), Writer()], Manifest(step=1, epoch=0, world_size=2)
+    for rank, writer in enumerate(writers):
+        trainer = SimpleNamespace(is_global_zero=rank == 0, global_rank=rank, strategy=Folder(), save_checkpoint=write_part)
+        save_checkpoint(trainer, writer, manifest, tmp_path / "last.ckpt")
+    for writer in writers:
+        writer.finish()
+    assert find_checkpoint(tmp_path).path == tmp_path / "last.ckpt" and not list(tmp_path.glob(f"*{UNFINISHED}"))
 
 
 class Fault:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from dlnb.consolidate import consolidate
 from dlnb.formats.reader import read_layout
+from dlnb.formats.torch_zip import Piece
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -54,6 +55,29 @@ def by_dlnb(checkpoint: Path, out: Path, **options) -> dict[str, torch.Tensor]:
     tied = read_layout(checkpoint).tied
     tensors = load_file(consolidate(checkpoint, out, **options))
     return tensors | {name: tensors[to] for name, to in tied.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}], ids=["copied", "cast"])
+def test_a_checkpoint_that_a_training_replaces_meanwhile_is_refused(tmp_path, options):
+    "As last.ckpt is while it is read: the file would hold weights of two steps."
+    source, out = tmp_path / "last.ckpt", tmp_path / "model.safetensors"
+    for path, value in ((source, 1.0), (tmp_path / "next", 2.0)):
+        torch.save({"state_dict": {f"w{number}": torch.full((4_000_000,), value) for number in range(3)}}, path)
+    opened, open_piece = [], Piece.open
+
+    def open_and_replace(piece):
+        file = open_piece(piece)
+        if piece.size > 1_000_000 and not opened:
+            opened.append(piece)
+            os.replace(tmp_path / "next", source)
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Piece, "open", open_and_replace)
+        with pytest.raises(ValueError, match="was replaced while it was read.*Give the command again"):
+            consolidate(source, out, **options)
+    assert opened and not out.exists()
+    assert {float(weight[0]) for weight in load_file(consolidate(source, out)).values()} == {2.0}
 
 
 def content(tensor: torch.Tensor) -> tuple:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import psutil
@@ -11,6 +12,8 @@ import pytest
 from dlnb.launch.failure import unfinished_ranks
 from dlnb.launch.job_folder import job_folder
 from dlnb.launch.rank_record import Rank
+from dlnb.launch.rank_watch import RankWatch
+from dlnb.system.progress import PROGRESS, announce_ending
 
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
 
@@ -69,3 +72,16 @@ def test_a_rank_is_waited_for_while_it_writes_its_record():
         os.set_blocking(process.stdout.fileno(), False)
         while not process.stdout.read():
             assert {rank.pid for rank in unfinished_ranks(folder, os.getpid())} == {process.pid}
+
+
+def test_a_rank_0_that_fails_again_and_again_is_not_waited_for_longer_than_a_minute(monkeypatch):
+    "As in a notebook that catches the error and trains again, while another rank is dead."
+    with job_folder("{}") as folder:
+        monkeypatch.setenv(PROGRESS, str(folder))
+        watch = RankWatch(folder)
+        watch.failure = Rank(1, 0, status="failed", ename="ValueError", time=time.time() - 50)
+        announce_ending()
+        assert not watch.has_failed
+        watch.failure.time -= 20
+        announce_ending()
+        assert watch.has_failed

@@ -26,7 +26,7 @@ from dlnb.search.results import trials_table
 from dlnb.search.storage import open_storage
 from dlnb.search.study import StudyConfig
 from dlnb.search.trial import run_trial
-from dlnb.search.trial_ranks import Outcome
+from dlnb.search.trial_ranks import Outcome, TrialRanks
 from dlnb.track import RunRecord, runs
 from dlnb.tuner import tune
 
@@ -151,6 +151,39 @@ def test_a_rank_that_is_killed_while_its_report_is_answered_is_a_failure(tmp_pat
 
     outcome = run_one(tmp_path, kill_all)
     assert outcome.state == "failed" and "was killed by SIGKILL" in outcome.error
+
+
+ALL_FAIL = """
+import time
+from pathlib import Path
+from lightning.pytorch import Callback
+
+class Fails(Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        raise ValueError("on all ranks")
+
+    def on_exception(self, trainer, *rest):
+        if trainer.is_global_zero:
+            time.sleep(3)
+            Path(trainer.default_root_dir, "completed").touch()
+"""
+
+
+def test_rank_0_of_a_trial_completes_what_it_writes_where_all_ranks_fail(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE", str(tmp_path))
+    (tmp_path / "fails.py").write_text(ALL_FAIL)
+    config = RunConfig(**SETTINGS | {"devices": 3, "callbacks": [f"{tmp_path}/fails.py:Fails"]}, root=str(tmp_path))
+    outcome = run_trial(config, tmp_path / "trial", lambda number, value: False, "search")
+    assert outcome.state == "failed" and "ValueError: on all ranks" in outcome.error
+    assert list(tmp_path.rglob("completed")) and RunRecord.read(tmp_path / "trial").status == "failed"
+
+
+def test_a_lost_connection_is_not_told_where_another_rank_ran_out_of_memory():
+    ranks = TrialRanks()
+    ranks.outcomes[0] = Outcome("failed", "rank 0: Traceback ...\nRuntimeError: [gloo] Connection closed by peer\n")
+    assert ranks.failure is ranks.outcomes[0]
+    ranks.outcomes[1] = Outcome("failed", "rank 1: Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory.\n")
+    assert ranks.failure is ranks.outcomes[1]
 
 
 def test_where_a_rank_cannot_be_started_the_others_are_ended(tmp_path, monkeypatch):

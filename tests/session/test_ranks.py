@@ -139,6 +139,31 @@ def test_an_interrupt_while_a_value_is_sent_leaves_the_ranks_able_to_hear(kernel
     assert kernel.run("ranks['rank']").value == "[0, 1]"
 
 
+def test_an_interrupt_that_comes_when_all_have_answered_ends_the_cell(kernel):
+    "It would otherwise be lost between the many short requests of a loop."
+    cell = """
+import os, signal
+from dlnb.session.session import WatchedExchange
+finish = WatchedExchange.finish
+def interrupted(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    finish(self)
+WatchedExchange.finish = interrupted
+try:
+    ranks['rank']
+finally:
+    WatchedExchange.finish = finish
+"""
+    assert kernel.run(cell).error.startswith("KeyboardInterrupt")
+    assert kernel.run("ranks['rank']").value == "[0, 1]"
+
+
+def test_what_rank_0_prints_is_shown_although_its_log_was_removed(kernel):
+    find = "import os\nos.remove(os.readlink('/proc/self/fd/1'))\nprint('begun', flush=True)\nimport time\ntime.sleep(600)"
+    shown = kernel.run(f"%%ranks 0\n{find}", interrupt_after="begun")
+    assert "begun" in shown.text and shown.error.startswith("KeyboardInterrupt")
+
+
 def test_an_interrupt_reaches_ranks_that_wait_for_each_other_and_leaves_them_alive(group):
     cell = "%%ranks\nprint('begun', flush=True)\nwhile True:\n    distributed.all_reduce(torch.ones(1))"
     shown = group.run(cell, interrupt_after="begun")
@@ -356,6 +381,26 @@ def test_an_exception_of_a_rank_is_raised_in_the_kernel_whose_variables_survive(
         "kept = 5\ntry:\n    fit(RunConfig(**task | dict(model='__main__:Broken')))\nexcept ValueError as error:\n    print(kept, error)"
     )
     assert shown.error == "" and "5 rank" in shown.text and "is out of luck" in shown.text
+
+
+DEAF = """
+import os, signal, threading
+pid = ranks['__import__("os").getpid()'][1]
+os.kill(pid, signal.SIGSTOP)
+for seconds in (1, 2, 3):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+ranks['large'] = bytes(100_000_000)
+"""
+
+
+def test_three_interrupts_end_what_is_sent_to_a_rank_that_does_not_read(warm, tmp_path):
+    kernel = FamilyKernel(tmp_path)
+    try:
+        kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
+        assert "SIGKILL" in kernel.run(DEAF, timeout=60).error
+        assert kernel.run("1 + 1").value == "2"
+    finally:
+        assert kernel.end() == []
 
 
 def test_a_killed_rank_is_told_by_its_signal_and_the_kernel_goes_on(warm, tmp_path):
