@@ -31,6 +31,9 @@ from ..system.job import announce_preempted, announce_stop
 from ..system.trainer_internals import handle_signals_by
 
 # %% ../../nbs/callbacks/01_preemption.ipynb #56092eb1
+WORKER_GRACE = 3600  # seconds that a loading process stays after a signal, while the training comes to a boundary and saves
+
+
 def _end_with_trainer() -> None:
     "A loading process of torch notices its parent's death too, but not if the parent died before the process had started."
     multiprocessing.parent_process().join()
@@ -40,7 +43,7 @@ def _end_with_trainer() -> None:
 def _init_worker(is_over: Any, init: Callable[[int], None] | None, worker: int) -> None:
     threading.Thread(target=_end_with_trainer, name="dlnb-trainer-watch", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(0) if is_over.value else None)
+        signal.signal(number, lambda *_: os._exit(0) if is_over.value else signal.alarm(WORKER_GRACE))
     if init is not None:
         init(worker)
 

@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #70b65770
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ class HostCopy:
     ) -> Any:  # the same, with copies of the tensors
         "Copy. Tensors that share memory share it in the copy; a view takes the memory of its own elements."
         tensors = TensorCopies({key: list(buffers) for key, buffers in self.buffers.items()})
-        copied = copy_nested(content, tensors.copy, {})
+        copied = copy_nested(content, tensors.copy, memo={})
         self.buffers = tensors.taken  # what was not used is given back
         return copied
 
@@ -58,8 +60,11 @@ class TensorCopies:
         return buffer
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #e24e2216
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
 def copy_nested(value: Any, copy_tensor: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
-    "Dictionaries, lists and tuples with copies of the tensors and objects in them."
+    "Dictionaries, lists and tuples with copies of the tensors and objects in them; `memo` has the objects that were copied, by their `id`."
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -69,10 +74,8 @@ def copy_nested(value: Any, copy_tensor: Callable[[Any], Any], memo: dict[int, A
     if isinstance(value, dict):
         copied = {key: copy_nested(item, copy_tensor, memo) for key, item in value.items()}
         return copied if type(value) is dict else _like(value, copied)
-    try:
-        return copy.deepcopy(value, memo)  # the training changes it meanwhile, as it does a loss scaler
-    except Exception:  # what pickles all the same, such as an object with a tensor that has a graph
-        return value
+    is_plain = isinstance(value, (*PLAIN, torch.Size, torch.dtype, torch.device))
+    return value if is_plain else _copied(value, copy_tensor, memo)
 
 
 def _like(value: dict, content: dict) -> dict:
@@ -82,7 +85,41 @@ def _like(value: dict, content: dict) -> dict:
     new.update(content)
     return new
 
+# %% ../../nbs/checkpoint/04_host_copy.ipynb #5c1e0a02
+def _copied(value: Any, copy_tensor: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    "An object's copy."
+    if id(value) not in memo:
+        try:
+            memo[id(value)] = _by_pickle(value, copy_tensor)
+        except Exception:
+            memo[id(value)] = value
+    return memo[id(value)]
 
+
+def _by_pickle(value: Any, copy_tensor: Callable[[Any], Any]) -> Any:
+    import torch
+
+    copies: dict[int, torch.Tensor] = {}  # by the tensor's `id`
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> int | None:
+            if not isinstance(part, torch.Tensor):
+                return None
+            if id(part) not in copies:
+                copied = copy_tensor(part)
+                copies[id(part)] = torch.nn.Parameter(copied, part.requires_grad) if isinstance(part, torch.nn.Parameter) else copied
+            return id(part)
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, key: int) -> torch.Tensor:
+            return copies[key]
+
+    buffer = io.BytesIO()
+    Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    buffer.seek(0)
+    return Unpickler(buffer).load()
+
+# %% ../../nbs/checkpoint/04_host_copy.ipynb #5c1e0a04
 def size_of(
     content: Any,  # as for `HostCopy`
 ) -> int:

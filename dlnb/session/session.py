@@ -18,12 +18,12 @@ from typing import Any
 
 from ..errors import RankError
 from ..launch.failure import find_cause
-from ..launch.rank_record import Rank
+from ..launch.rank_record import ENDING_GRACE, Rank
 from .output import Output
 from .place import Resources
 from .processes import Died, RankProcesses
 from .serve import dumped, serve
-from ..system.progress import ProgressWatch, collect_stacks
+from ..system.progress import ProgressWatch, collect_stacks, is_ending
 
 # %% ../../nbs/session/06_session.ipynb #7bf9e45c
 class RunningRanks:
@@ -250,9 +250,16 @@ class WatchedExchange(Exchange):
             self.abandon_after, self.is_cut_off = self.answers.since_failure + ABANDON_EVERY, True
             for rank in self.answers.waiting:
                 self.processes.send(rank, ("abandon", self.processes.pids))
-        in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
-        if self.answers.since_failure > ABORT_AFTER + (DEATH_PATIENCE if in_vain else PATIENCE):
+        if self.answers.since_failure > ABORT_AFTER + self.patience:
             self.abort("it waited for another rank, which had failed", {})
+
+    @property
+    def patience(self) -> float:
+        "Seconds for the ranks that have not answered; more for rank 0 where it completes what a training was writing."
+        if 0 in self.answers.waiting and is_ending(self.watch.folder, self.answers.since_failure + PATIENCE):
+            return ENDING_GRACE
+        in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
+        return DEATH_PATIENCE if in_vain else PATIENCE
 
     def abort(self, how: str, stacks: dict[int, str]) -> None:
         "Count all that have not answered as failed."

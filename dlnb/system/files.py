@@ -35,9 +35,9 @@ def open_regular(
 
 
 def version_of(file: int) -> tuple[int, int]:
-    "What differs where another file has taken a name, or this one was written to: the inode, and the time of the last change in ns."
-    status = os.fstat(file)
-    return status.st_ino, status.st_mtime_ns
+    "What differs where another file has taken a name, or this one was written to: its bytes, and the time of its last change in ns."
+    status = os.fstat(file)  # whose inode is not lasting on every filesystem
+    return status.st_size, status.st_mtime_ns
 
 
 def advise(

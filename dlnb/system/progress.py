@@ -196,6 +196,8 @@ def is_ending(
     seconds: float,
 ) -> bool:
     "Whether rank 0 has reported that, no longer ago than this."
-    with suppress(OSError, ValueError):
-        return time.time() - float((folder / ENDING).read_text(encoding="utf-8")) < seconds
+    with suppress(OSError):
+        text = (folder / ENDING).read_text(encoding="utf-8")
+        announced = float(text) if text else (folder / ENDING).stat().st_mtime  # a full disk takes the file, and not what is in it
+        return time.time() - announced < seconds
     return False

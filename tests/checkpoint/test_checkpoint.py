@@ -195,3 +195,26 @@ def test_a_training_does_not_wait_for_a_file_that_is_slow_to_close(tmp_path):
         pytest.skip(f"FUSE cannot be mounted here: {error}")
     assert min(waits) < 0.2, waits
     assert find_checkpoint(disk).manifest.step == 1
+
+
+class Unpicklable:
+    "It pickles only when it is not asked for the first time: what cannot be copied is saved as it is."
+
+    def __init__(self):
+        self.asked = 0
+
+    def __getstate__(self):
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("not now")
+        return {"value": 5}
+
+
+def test_an_object_that_cannot_be_copied_is_saved_as_it_is_at_each_of_its_places(tmp_path):
+    one, writer = Unpicklable(), Writer()
+    staging = tmp_path / f"last.ckpt{UNFINISHED}"
+    content = {"one": one, "holds it": [one], KEY: Manifest(step=1, epoch=0).model_dump(mode="json")}
+    writer.write(Write(staging, {staging: content}, 0, Manifest(step=1, epoch=0), [tmp_path / "last.ckpt"], []))
+    writer.finish()
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["one"].value == 5 and saved["holds it"][0] is saved["one"]

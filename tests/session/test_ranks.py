@@ -383,6 +383,28 @@ def test_an_exception_of_a_rank_is_raised_in_the_kernel_whose_variables_survive(
     assert shown.error == "" and "5 rank" in shown.text and "is out of luck" in shown.text
 
 
+COMPLETES = """%%ranks
+import os, signal, time
+from dlnb.system.progress import announce_ending
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+announce_ending()
+time.sleep(6)
+open('completed', 'w').close()
+1 / 0
+"""
+
+
+def test_rank_0_completes_what_it_writes_where_another_rank_has_died(warm, tmp_path):
+    kernel = FamilyKernel(tmp_path)
+    try:
+        kernel.run("%load_ext dlnb\n%ranks 2 --accelerator cpu")
+        assert "SIGKILL" in kernel.run(COMPLETES, timeout=60).error
+        assert (tmp_path / "completed").exists()
+    finally:
+        assert kernel.end() == []
+
+
 DEAF = """
 import os, signal, threading
 pid = ranks['__import__("os").getpid()'][1]

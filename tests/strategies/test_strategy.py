@@ -116,7 +116,7 @@ BUILD = "from dlnb.strategy import build_strategy; build_strategy('deepspeed_sta
     [pytest.param(BLOCK, id="absent"), pytest.param("import sys; sys.modules['deepspeed'] = None\n", id="halted", marks=pytest.mark.soak)],
 )
 def test_without_deepspeed_the_error_says_what_to_install_and_other_strategies_work(blocker, tmp_path):
-    others = BUILD.replace("deepspeed_stage_2", "ddp") + "; print('built')\n"
+    others = BUILD.replace("deepspeed_stage_2", "ddp") + "; print('built', flush=True)\n"
     code, output = run(["-c", blocker + others + BUILD], tmp_path)
     assert code == 1 and output.startswith("built\n"), output
     error = output.strip().splitlines()[-1]
