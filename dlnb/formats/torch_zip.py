@@ -33,7 +33,7 @@ class Piece(NamedTuple):
             return file
         file.close()
         raise ValueError(
-            f"{self.path} was replaced while it was read, as a training does with its last checkpoint. Give the command again."
+            f"{self.path} was replaced or written to while it was read, as a training does with its last checkpoint. Give the command again."
         )
 
 

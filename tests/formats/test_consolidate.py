@@ -74,7 +74,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_refused(tmp_path, op
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Piece, "open", open_and_replace)
-        with pytest.raises(ValueError, match="was replaced while it was read.*Give the command again"):
+        with pytest.raises(ValueError, match="was replaced or written to while it was read.*Give the command again"):
             consolidate(source, out, **options)
     assert opened and not out.exists()
     assert {float(weight[0]) for weight in load_file(consolidate(source, out)).values()} == {2.0}
