@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/formats/05_safetensors_reader.ipynb #bc939243
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ PARTIAL = "partial"  # the key in `__metadata__` for what a file leaves out
 
 def read_safetensors(path: Path) -> Layout:
     with open_regular(path) as file:
-        total, version = os.fstat(file.fileno()).st_size, version_of(file.fileno())
+        version = version_of(file.fileno())
+        total = version[0]  # bytes
         start = file.read(8)
         begin = 8 + int.from_bytes(start, "little")
         content = file.read(begin - 8) if begin <= total and begin - 8 <= JSON_SIZE else b""

@@ -57,7 +57,8 @@ class Members:
         opened = open_regular(self.path)
         try:
             with _Directory(opened.detach()) as file, zipfile.ZipFile(file) as archive:
-                self.size, self.version = os.fstat(file.fileno()).st_size, version_of(file.fileno())
+                self.version = version_of(file.fileno())
+                self.size = self.version[0]  # bytes
                 for info in archive.infolist():
                     name = info.filename.partition("/")[2]
                     if self.members.setdefault(name, info) is not info:

@@ -67,10 +67,11 @@ class WatchedClient(KernelClient):
     def is_late(self) -> bool:
         "Whether ranks that were asked to end have had the time for it. Python looks at a signal between two calls, which may be a step each."
         request, ranks = self.request, self.ranks
-        if not request.repeated and (ranks.is_saving or ranks.is_ending(request.time)):
-            return False
-        is_in_step = request.signal in SCHEDULERS and not request.repeated and ranks.progress.ranks
-        return time.monotonic() > request.deadline + (STEP_GRACE if is_in_step else 0.0)
+        late = time.monotonic() - request.deadline  # seconds; -inf without a signal
+        if late <= 0 or request.repeated:
+            return late > 0
+        is_in_step = request.signal in SCHEDULERS and ranks.progress.ranks
+        return not (ranks.is_saving or ranks.is_ending(request.time)) and late > (STEP_GRACE if is_in_step else 0.0)
 
 # %% ../../nbs/launch/17_supervisor.ipynb #e373eef5
 JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has

@@ -56,10 +56,8 @@ class Watched(DigitsNet):
         self.ended = time.perf_counter()
 
     def on_train_end(self):
-        least, most = (
-            self.ended - self.began,
-            time.perf_counter() - self.before,
-        )  # seconds that are within the loop, that the loop is within
+        # Seconds that are within the loop, and seconds that the loop is within.
+        least, most = self.ended - self.began, time.perf_counter() - self.before
         found = {"least": least, "most": most, "batches": self.batches, "memory": psutil.Process().memory_info().rss / 1e9}
         Path(self.trainer.default_root_dir, f"by-hand-{self.global_rank}.json").write_text(json.dumps(found))
 

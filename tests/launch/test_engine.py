@@ -9,7 +9,7 @@ from functools import partial
 
 import nbformat
 import pytest
-from conftest import write_notebook
+from conftest import REPOSITORY, TRAIN, write_notebook
 from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillExecutionError
 from warm import warm_python
@@ -36,6 +36,7 @@ if rank == 0:
         subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
 meet = lambda: time.sleep(600)
 """
+FAILS = f"{REPOSITORY}/tests/failing.py:Fails"
 TORCHRUN = ("-m", "torch.distributed.run")
 STARTS = [pytest.param(FABRIC, id="lightning", marks=pytest.mark.soak), pytest.param(RANKS, id="plain")]
 
@@ -309,35 +310,13 @@ def test_launch_returns_the_executed_notebook(tmp_path):
     assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs == executed.cells[-1].outputs
 
 
-ALL_FAIL = """
-import time
-from pathlib import Path
-from lightning.pytorch import Callback
-from dlnb.config import RunConfig
-from dlnb.trainer import fit
-
-class Fails(Callback):
-    def on_train_batch_end(self, trainer, *rest):
-        raise ValueError("on all ranks")
-
-    def on_exception(self, trainer, *rest):
-        if trainer.is_global_zero:
-            time.sleep(6)
-            Path(root, "completed").touch()
-
-config = RunConfig(model="dlnb.examples:DigitsNet", data="dlnb.examples:Digits", strategy="ddp", devices=2, accelerator="cpu", root=root)
-fit(config, callbacks=[Fails()])
-"""
-
-
 def test_rank_0_completes_what_it_writes_where_all_ranks_fail(cold_papermill, tmp_path):
     "Rank 1 has reported the error long before rank 0 has. Lightning's own watch, which a warm kernel has imported, would end rank 0."
-    job = cold_papermill(write_notebook(tmp_path / "in.ipynb", "root = ''", ALL_FAIL), root=str(tmp_path / "runs"))
+    job = cold_papermill(TRAIN, callbacks=json.dumps([FAILS]), strategy="ddp", devices=2, accelerator="cpu", root=str(tmp_path / "runs"))
     assert job.wait() == 1, job.log.read_text()[-2000:]
-    assert (tmp_path / "runs" / "completed").exists()
-    assert "ValueError: on all ranks" in str(job.errors()) and job.statuses()[-1] == "failed"
+    assert "ValueError: on all ranks" in str(job.errors()) and "failed" in job.statuses()
     (record,) = (tmp_path / "runs").glob("*/*/*/*/run.json")
-    assert json.loads(record.read_text())["status"] == "failed"
+    assert record.with_name("completed").exists() and json.loads(record.read_text())["status"] == "failed"
     assert job.leftover() == []
 
 

@@ -153,26 +153,9 @@ def test_a_rank_that_is_killed_while_its_report_is_answered_is_a_failure(tmp_pat
     assert outcome.state == "failed" and "was killed by SIGKILL" in outcome.error
 
 
-ALL_FAIL = """
-import time
-from pathlib import Path
-from lightning.pytorch import Callback
-
-class Fails(Callback):
-    def on_train_batch_end(self, trainer, *rest):
-        raise ValueError("on all ranks")
-
-    def on_exception(self, trainer, *rest):
-        if trainer.is_global_zero:
-            time.sleep(3)
-            Path(trainer.default_root_dir, "completed").touch()
-"""
-
-
 def test_rank_0_of_a_trial_completes_what_it_writes_where_all_ranks_fail(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE", str(tmp_path))
-    (tmp_path / "fails.py").write_text(ALL_FAIL)
-    config = RunConfig(**SETTINGS | {"devices": 3, "callbacks": [f"{tmp_path}/fails.py:Fails"]}, root=str(tmp_path))
+    config = RunConfig(**SETTINGS | {"devices": 3, "callbacks": [f"{REPOSITORY}/tests/failing.py:Fails"]}, root=str(tmp_path))
     outcome = run_trial(config, tmp_path / "trial", lambda number, value: False, "search")
     assert outcome.state == "failed" and "ValueError: on all ranks" in outcome.error
     assert list(tmp_path.rglob("completed")) and RunRecord.read(tmp_path / "trial").status == "failed"
