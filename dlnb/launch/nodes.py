@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from .environment import external_rank
-from .rank_record import ENDING_GRACE, Rank, read_ranks
+from .rank_record import Rank, read_ranks
 from ..system.atomic import new_text_file
+from ..system.progress import ENDING_GRACE
 
 # %% ../../nbs/launch/09_nodes.ipynb #14115c56
 def node_ranks() -> list[int]:
@@ -203,9 +204,7 @@ class Reporter:
 # %% ../../nbs/launch/09_nodes.ipynb #2545f7b8
 ALONE_GRACE = 5.0  # seconds that a rank may still run after the first one has left
 SAVE_GRACE = 120.0  # seconds, where a training is saving
-ACKNOWLEDGE_TIMEOUT = (
-    ENDING_GRACE + 20.0
-)  # seconds that a failed rank waits until the first one has left, so that no launcher ends that one before
+ACKNOWLEDGE_TIMEOUT = ENDING_GRACE + 20.0  # seconds that a failed rank waits for the first one to leave: a launcher then ends all
 
 # %% ../../nbs/launch/09_nodes.ipynb #080b0613
 def is_alone(reporter: Reporter) -> bool:

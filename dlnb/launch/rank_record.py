@@ -16,7 +16,6 @@ from ..system.job import await_job_folder
 
 # %% ../../nbs/launch/01_rank_record.ipynb #80312099
 CAUSE_GRACE = 4.0  # seconds for the rank that has failed to say so, after another one has lost its connection
-ENDING_GRACE = 60.0  # seconds for rank 0 to complete what it is writing, after all ranks have failed
 LINGER = 3.0  # seconds that a failed rank stays: torchrun ends the others when one leaves, before rank 0 can say anything
 
 # %% ../../nbs/launch/01_rank_record.ipynb #14271031

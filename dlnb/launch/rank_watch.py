@@ -13,7 +13,7 @@ from pathlib import Path
 from .environment import external_rank
 from .failure import distance_from_cause, find_cause, find_failure
 from .logs import LogFollower
-from .rank_record import CAUSE_GRACE, ENDING_GRACE, Rank, read_ranks
+from .rank_record import CAUSE_GRACE, Rank, read_ranks
 from ..system.progress import ProgressWatch, collect_stacks, is_ending
 
 # %% ../../nbs/launch/15_rank_watch.ipynb #302227fb
@@ -48,11 +48,7 @@ class RankWatch:
         if self.failure is None:
             return False
         grace = (GRACE, KILL_GRACE, CAUSE_GRACE)[distance_from_cause(self.failure)]
-        return time.time() > self.failure.time + grace and not self.is_ending(self.failure.time)
-
-    def is_ending(self, since: float) -> bool:
-        "Whether rank 0 has an exception, and completes what it is writing; at most for a minute after that time, in seconds since the epoch."
-        return is_ending(self.folder, ENDING_GRACE) and time.time() < since + ENDING_GRACE
+        return time.time() > self.failure.time + grace and not is_ending(self.folder, self.failure.time)
 
     @property
     def is_saving(self) -> bool:

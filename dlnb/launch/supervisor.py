@@ -25,6 +25,7 @@ from .rank_watch import RankWatch
 from .stop_request import SCHEDULERS, STEP_GRACE, StopRequest, signals_handled
 from ..system.job import is_preempted
 from ..system.process_group import end_group, guard, signal_group
+from ..system.progress import is_ending
 
 # %% ../../nbs/launch/17_supervisor.ipynb #5fd5bd7b
 class WatchedClient(KernelClient):
@@ -71,7 +72,7 @@ class WatchedClient(KernelClient):
         if late <= 0 or request.repeated:
             return late > 0
         is_in_step = request.signal in SCHEDULERS and ranks.progress.ranks
-        return not (ranks.is_saving or ranks.is_ending(request.time)) and late > (STEP_GRACE if is_in_step else 0.0)
+        return not (ranks.is_saving or is_ending(ranks.folder, request.time)) and late > (STEP_GRACE if is_in_step else 0.0)
 
 # %% ../../nbs/launch/17_supervisor.ipynb #e373eef5
 JOIN_GRACE = 120.0  # seconds for the other ranks to finish after rank 0 has

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from ..config import RunConfig
 from ..launch.failure import LOST_CONNECTION
-from ..launch.rank_record import ENDING_GRACE
 from ..session.place import Place, Resources
 from ..session.processes import Died, RankProcesses
 from ..system.progress import is_ending
@@ -85,11 +84,8 @@ class TrialRanks:
 
     def listen_to_others(self, report: Report, folder: Path) -> None:
         "After a failure: give the other ranks a moment to report, and rank 0 a minute where it completes what it is writing."
-        failed = time.monotonic()
-        while not self.has_ended:
-            grace = ENDING_GRACE if 0 not in self.outcomes and is_ending(folder, ENDING_GRACE) else GRACE
-            if time.monotonic() > failed + grace:
-                return
+        failed = time.time()
+        while not self.has_ended and (time.time() < failed + GRACE or (0 not in self.outcomes and is_ending(folder, failed))):
             self.listen(0.05, report)
 
     @property

@@ -18,12 +18,12 @@ from typing import Any
 
 from ..errors import RankError
 from ..launch.failure import find_cause
-from ..launch.rank_record import ENDING_GRACE, Rank
+from ..launch.rank_record import Rank
 from .output import Output
 from .place import Resources
 from .processes import Died, RankProcesses
 from .serve import dumped, serve
-from ..system.progress import ProgressWatch, collect_stacks, is_ending
+from ..system.progress import ENDING_GRACE, ProgressWatch, collect_stacks, is_ending
 
 # %% ../../nbs/session/06_session.ipynb #7bf9e45c
 class RunningRanks:
@@ -256,7 +256,7 @@ class WatchedExchange(Exchange):
     @property
     def patience(self) -> float:
         "Seconds for the ranks that have not answered; more for rank 0 where it completes what a training was writing."
-        if 0 in self.answers.waiting and is_ending(self.watch.folder, self.answers.since_failure + PATIENCE):
+        if 0 in self.answers.waiting and is_ending(self.watch.folder, time.time() - self.answers.since_failure):
             return ENDING_GRACE
         in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
         return DEATH_PATIENCE if in_vain else PATIENCE

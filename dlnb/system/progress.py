@@ -60,6 +60,8 @@ class Progress:
         timeout: float,  # seconds without progress that are allowed
     ):
         self.timeout, self.count, self.under_way = timeout, 0, False
+        if rank == 0:
+            (folder / ENDING).unlink(missing_ok=True)
         self.files, self.closed = _RankFiles(folder, rank), threading.Event()
         self._write()
         self.writer = threading.Thread(target=self._keep, name="dlnb-progress", daemon=True)
@@ -182,6 +184,7 @@ def _read(path: Path) -> str:
 
 # %% ../../nbs/system/07_progress.ipynb #3fe1a002
 ENDING = "ending"  # the name of the file
+ENDING_GRACE = 60.0  # seconds for rank 0 to complete what it is writing, after a failure
 
 
 def announce_ending() -> None:
@@ -193,11 +196,11 @@ def announce_ending() -> None:
 
 def is_ending(
     folder: Path,  # that the ranks share
-    seconds: float,
+    since: float,  # the first failure that is known, or the signal to stop; seconds since the epoch
 ) -> bool:
-    "Whether rank 0 has reported that, no longer ago than this."
+    "Whether rank 0 completes what it is writing, and may still do so."
     with suppress(OSError):
         text = (folder / ENDING).read_text(encoding="utf-8")
         announced = float(text) if text else (folder / ENDING).stat().st_mtime  # a full disk takes the file, and not what is in it
-        return time.time() - announced < seconds
+        return announced > since - ENDING_GRACE and time.time() < since + ENDING_GRACE
     return False
