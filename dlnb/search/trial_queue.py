@@ -108,9 +108,22 @@ class TrialQueue(StudyTrials):
         self.heartbeat(trial_id(row))
         return True
 
+    @contextmanager
+    def owned(self, id: int) -> Iterator[bool]:
+        "Whether this process is still the worker of that trial; no other one takes the trial over in the meantime."
+        with self.locked():
+            row = self.storage.get_trial(id)
+            yield row.state == TrialState.RUNNING and _worker(row) == Process.this()
+
     def heartbeat(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(id, "alive", time.time())
+
+    def release(self, id: int) -> None:
+        "Requeue a trial that this process was to stop."
+        with self.owned(id) as is_own:
+            if is_own:
+                self.requeue(id)
 
     def requeue(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):

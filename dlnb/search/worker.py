@@ -9,11 +9,11 @@ __all__ = []
 import math
 import shutil
 import threading
-from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config import RunConfig, apply_params
@@ -39,16 +39,20 @@ def final_outcome(outcome: Outcome, values: list[float], monitor: str) -> Outcom
 class TrialTraining:
     "The training of one trial: the values that it reported, and how it ended."
 
-    def __init__(self, plan: SearchPlan, trial: optuna.trial.Trial, known: Collection[int]):
-        self.plan, self.trial = plan, trial
-        self.known = known  # the steps of reports that the study has from an earlier attempt
+    def __init__(self, plan: SearchPlan, study: ExhaustibleStudy, row: FrozenTrial):
+        self.plan, self.id = plan, trial_id(row)
+        self.trial = optuna.trial.Trial(study, self.id)
+        self.known = row.intermediate_values.keys()  # the steps of reports that the study has from an earlier attempt
         self.values: list[float] = []
 
     def report(self, number: int, value: float) -> bool:
-        "Take a report of the epoch `number`; whether the pruner ends the trial."
+        "Take a report of the epoch `number`; whether the trial is to end, as the pruner says or as another worker has ended it."
         self.values.append(value)
-        if number + 1 not in self.known:
-            self.trial.report(value, number + 1)
+        try:
+            if number + 1 not in self.known:
+                self.trial.report(value, number + 1)
+        except UpdateFinishedTrialError:
+            return True
         return self.trial.should_prune()
 
     def run(self, devices: list[int], stop: threading.Event) -> Outcome:
@@ -80,18 +84,26 @@ class OutcomeWriter:
 
     def write(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
         "Write the trial's end, with the best value that was reported. Raises `TuningError` where no further trial should start."
+        with self.queue.owned(training.id) as is_own:
+            if not is_own:
+                return
+            self._tell(study, training, outcome)
+        if outcome.state == "failed":
+            return self._count_failure(training.trial.number, outcome)
+        self.failed_in_a_row = 0
+        write_best(self.plan, self.queue.all())
+
+    def _tell(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
         if outcome.state == "failed":
             training.trial.set_user_attr("error", outcome.error[-5000:])
             study.tell(training.trial, state=TrialState.FAIL)
-            return self._count_failure(training.trial.number, outcome)
-        self.failed_in_a_row = 0
+            return
         training.note_throughput()
         if outcome.state == "pruned":
             study.tell(training.trial, state=TrialState.PRUNED)
         else:
             choose = min if self.plan.config.monitor_mode == "min" else max
             study.tell(training.trial, choose(filter(math.isfinite, training.values)))
-            write_best(self.plan, self.queue.all())
 
     def _count_failure(self, number: int, outcome: Outcome) -> None:
         if outcome.is_general:
@@ -119,12 +131,12 @@ class Worker:
         study = self.load_study(row.number)
         outcome = Outcome("stopped")
         try:
-            training = TrialTraining(self.plan, optuna.trial.Trial(study, trial_id(row)), row.intermediate_values.keys())
+            training = TrialTraining(self.plan, study, row)
             outcome = training.run(devices, self.stop)
             if outcome.state != "stopped":
                 self.outcomes.write(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
         finally:
             self.running.remove(trial_id(row))
             if outcome.state == "stopped":
-                self.queue.requeue(trial_id(row))
+                self.queue.release(trial_id(row))
         self.exhausted = self.exhausted or study.exhausted

@@ -345,6 +345,23 @@ def test_a_search_that_is_killed_goes_on_with_the_same_command(tmp_path):
     check_counts(tmp_path, 3, [])
 
 
+def test_a_trial_that_another_machine_has_ended_meanwhile_stays_as_it_is(tmp_path):
+    "As after a sleep of this machine: the other one's worker is written into the study."
+    process, deadline = start(tmp_path, search_space=f"{TUNED}:slow", n_trials=1), time.monotonic() + 60
+    try:
+        while not trained(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        study = the_study(tmp_path)
+        id = study.trials[0]._trial_id
+        study._storage.set_trial_user_attr(id, "worker", study.trials[0].user_attrs["worker"] | {"machine": "another"})
+        study._storage.set_trial_state_values(id, optuna.trial.TrialState.COMPLETE, [0.125])
+        assert process.wait(60) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    finally:
+        process.kill()
+    assert the_study(tmp_path).best_value == 0.125
+    assert ranks_alive(tmp_path) == []
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_papermill_the_kernel_and_ranks_are_killed_at_any_moment_and_the_counts_hold(tmp_path, monkeypatch):
