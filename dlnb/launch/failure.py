@@ -12,7 +12,6 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .rank_record import LEFT, Rank, read_ranks
 from ..system.processes import began_at, describe_exit, exit_status
@@ -68,38 +67,13 @@ def exited_early(
     left = [rank for rank in read_ranks(folder) if rank.status == "finished" and rank.ename == LEFT["ename"]]
     return [replace(rank, evalue="it left here with sys.exit(0), and the others waited for it") for rank in left]
 
-# %% ../../nbs/launch/03_failure.ipynb #4b0c7e15
-def _children(process: int) -> list[Any]:
-    "A process's children, as psutil has them; none where it has ended."
-    import psutil
-
-    try:
-        return psutil.Process(process).children()
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _may_run(process: Any, script: str) -> bool:
-    "Whether a process runs a script, as far as it can be told, and has not ended, as others that a notebook starts may have."
-    import psutil
-
-    try:
-        words = process.cmdline()
-        return process.status() != psutil.STATUS_ZOMBIE and (script in words or not words)
-    except psutil.NoSuchProcess:
-        return False
-
 # %% ../../nbs/launch/03_failure.ipynb #d9874b5f
 def unfinished_ranks(
     folder: Path,  # the job folder
-    kernel: int,  # the kernel's process id
     others: Collection[int] = (),  # the ranks that a launcher has started beside it
     cell: int = 0,  # the index of the one that a rank without a record is taken to be in
-) -> list[Rank]:  # rank 1 stands for one that the kernel has started and that has no record
+) -> list[Rank]:
     "The ranks that have been started and have not finished."
-    children = _children(kernel)
     ranks = read_ranks(folder)
-    known = {rank.pid for rank in ranks}
-    starting = [Rank(1, child.pid) for child in children if child.pid not in known and _may_run(child, str(folder / "rank.py"))]
-    starting += [Rank(number, 0) for number in others if number not in {rank.rank for rank in ranks}]
-    return [rank for rank in ranks if rank.status != "finished"] + [replace(rank, cell=cell) for rank in starting]
+    starting = set(others) - {rank.rank for rank in ranks}
+    return [rank for rank in ranks if rank.status != "finished"] + [Rank(number, 0, cell=cell) for number in sorted(starting)]

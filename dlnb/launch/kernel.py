@@ -6,15 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/launch/08_kernel.ipynb #9c4a3f97
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .lifeline import end_with_supervisor
+from .rank_record import Rank
 from .shell import leave_interactive, report_interrupts, send_all_output
 
 # %% ../../nbs/launch/08_kernel.ipynb #f0ea6fce
@@ -41,24 +44,35 @@ class AfterImport(MetaPathFinder):
         self.change(module)
 
 # %% ../../nbs/launch/08_kernel.ipynb #3104fd2d
-def _start_no_observer(launcher: Any) -> None:
-    launcher._launch_process_observer = lambda processes: None
+def announce_ranks(
+    folder: Path,  # the job folder
+    processes: list[subprocess.Popen],  # those of the ranks from 1 on
+) -> None:
+    "Leave a record of each rank that has been started and has none yet."
+    for number, process in enumerate(processes, start=1):
+        Rank(number, process.pid).announce(folder)
 
 
-def leave_watching_to_supervisor() -> None:
-    "Keep Lightning, and its Fabric, from ending this process when another rank has ended. Call it before it is imported."
+def leave_watching_to_supervisor(
+    folder: Path,  # the job folder
+) -> None:
+    "Have Lightning, and its Fabric, announce the ranks that they start, and not watch them. Call it before they are imported."
+
+    def change(launcher: Any) -> None:
+        launcher._launch_process_observer = partial(announce_ranks, folder)
+
     for package in ("lightning.fabric", "lightning_fabric"):
-        sys.meta_path.insert(0, AfterImport(f"{package}.strategies.launchers.subprocess_script", _start_no_observer))
+        sys.meta_path.insert(0, AfterImport(f"{package}.strategies.launchers.subprocess_script", change))
 
 
 def prepare_kernel(
-    script: str,  # what Lightning starts for every other rank
+    script: str,  # in the job folder; what Lightning starts for every other rank
 ) -> None:
     "Make a kernel rank 0 of a job."
     from IPython import get_ipython
 
     end_with_supervisor()
-    leave_watching_to_supervisor()
+    leave_watching_to_supervisor(Path(script).parent)
     report_interrupts(get_ipython())
     send_all_output(get_ipython().kernel)
     leave_interactive(script)

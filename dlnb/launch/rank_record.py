@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/launch/01_rank_record.ipynb #c4760985
 import json
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,14 @@ class Rank:
     evalue: str = ""  # the exception's text
     traceback: list[str] = field(default_factory=list)  # lines, coloured as in a notebook
     host: str = ""  # the node, where it is another one: its process ids mean nothing here
+
+    def announce(self, folder: Path) -> None:
+        "Write the record of a process that has just been started, unless it has one: then it has written it itself."
+        new = folder / f"rank-{self.rank}.starting"
+        with suppress(OSError):
+            new.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            os.link(new, folder / f"rank-{self.rank}.json")
+        new.unlink(missing_ok=True)
 
     def write(self, folder: Path) -> None:
         "Write the record into the job folder, atomically; not where the engine has left with the folder."

@@ -82,7 +82,7 @@ def join_ranks(client: WatchedClient) -> None:
     "Wait for the other ranks, which may still be in the last cell. Raises `DeadKernelError` when one fails there."
     index = len(client.nb.cells) - 1
     deadline = time.monotonic() + JOIN_GRACE
-    while late := unfinished_ranks(client.folder, client.group, node_ranks()[1:], cell=index):
+    while late := unfinished_ranks(client.folder, node_ranks()[1:], cell=index):
         if client.is_over(index):
             raise DeadKernelError("a rank failed after rank 0 had finished")
         if time.monotonic() > deadline:

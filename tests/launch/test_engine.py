@@ -29,11 +29,12 @@ meet = torch.distributed.barrier
 """
 # Started as Lightning starts them, without torch: for failures that have nothing to do with the process group.
 RANKS = """
-import os, signal, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, time
+from dlnb.launch.kernel import announce_ranks
 rank = int(os.environ.get("LOCAL_RANK", 0))
+start = lambda other: subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
 if rank == 0:
-    for other in range(1, devices):
-        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": str(other)})
+    announce_ranks(pathlib.Path(sys.argv[0]).parent, [start(other) for other in range(1, devices)])
 meet = lambda: time.sleep(600)
 """
 FAILS = f"{REPOSITORY}/tests/failing.py:Fails"

@@ -24,10 +24,12 @@ pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("place")]
 
 COUNT = "import time\nfor i in range(n):\n    print('at', i, flush=True)\n    time.sleep(0.05)"
 RANKS = """
-import os, subprocess, sys, time
+import os, pathlib, subprocess, sys, time
+from dlnb.launch.kernel import announce_ranks
 rank = int(os.environ.get("LOCAL_RANK", 0))
 if rank == 0:
-    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"})
+    other = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"})
+    announce_ranks(pathlib.Path(sys.argv[0]).parent, [other])
 """
 
 
