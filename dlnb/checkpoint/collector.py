@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .manifest import Manifest
-from .place import path_beside
-from .search import remove_path
 from .writer import Write, Writer
+from ..system.atomic import path_beside, remove_path
 
 # %% ../../nbs/checkpoint/06_collector.ipynb #272a7c11
 @contextmanager

@@ -10,22 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from .search import UNFINISHED, remove_path
+from ..system.atomic import path_beside, remove_path, sync_to_disk
 
 # %% ../../nbs/checkpoint/03_place.ipynb #904af94f
-def sync_to_disk(path: Path) -> None:
-    "Flush a file, or a folder's names, to the disk."
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def path_beside(path: Path, why: str = "") -> Path:
-    return path.with_name(f"{path.name}{why}{UNFINISHED}")
-
-
 def _link(source: str, target: str) -> None:
     "A second name for a file; a copy where the filesystem has no hard links."
     try:
@@ -66,14 +53,3 @@ def _replace(new: Path, path: Path) -> None:
         path.rename(old)
     new.rename(path)
     remove_path(old)
-
-
-def remove(
-    path: Path,  # a checkpoint
-) -> None:
-    "Remove a checkpoint: first its name, so that no part of it is ever found."
-    if path.exists():
-        old = path_beside(path, ".removed")
-        remove_path(old)
-        path.rename(old)
-        remove_path(old)

@@ -6,17 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/checkpoint/02_search.ipynb #6460ba7e
-import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from .manifest import Manifest, check_files, is_own, read_manifest
+from ..system.atomic import UNFINISHED, remove_path
 
 # %% ../../nbs/checkpoint/02_search.ipynb #9134e058
-UNFINISHED = ".unfinished"  # the suffix of a name that is not yet a checkpoint's
-
-
 class Found(NamedTuple):
     "A complete checkpoint, and the damaged ones that were passed over."
 
@@ -71,7 +68,3 @@ def tidy(
             path.replace(place)
         else:
             remove_path(path)
-
-
-def remove_path(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 from .host_copy import HostCopy, size_of
 from .manifest import FileEntry, Manifest
-from .place import place, remove, sync_to_disk
-from .search import remove_path
+from .place import place
 from .trust import digest, sign_archive, signed
-from ..system.atomic import write_json
+from ..system.atomic import remove, remove_path, sync_to_disk, write_json
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #33885dfa
 class Write(NamedTuple):

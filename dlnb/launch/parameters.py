@@ -7,30 +7,27 @@ __all__ = []
 
 # %% ../../nbs/launch/18_parameters.ipynb #1654be97
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ParameterError, unknown
 
 # %% ../../nbs/launch/18_parameters.ipynb #1aca47c1
-def parameter_names(
+def parameters_source(
     notebook,  # an nbformat.NotebookNode
-) -> list[str]:
-    "The names that the notebook's one `parameters` cell assigns. Raises `ParameterError` unless there is exactly one."
+) -> str:  # line by line the same, in plain Python
+    "The source of the notebook's one `parameters` cell. Raises `ParameterError` unless there is exactly one."
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(
             f"The notebook has {len(cells)} cells tagged 'parameters', and needs exactly one: in Jupyter, choose the cell with "
             "the defaults, and add the tag under Property Inspector > Cell Tags."
         )
-    targets = []
-    for statement in ast.parse(without_magics(cells[0].source)).body:
-        targets += statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    return [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return without_magics(cells[0].source)
 
 # %% ../../nbs/launch/18_parameters.ipynb #f426beae
-def without_magics(source: str) -> str:  # line by line the same, in plain Python
+def without_magics(source: str) -> str:  # line by line the same
     "A cell's source for Python's own parser."
     with suppress(SyntaxError):
         ast.parse(source)
@@ -38,6 +35,35 @@ def without_magics(source: str) -> str:  # line by line the same, in plain Pytho
     from IPython.core.inputtransformer2 import TransformerManager
 
     return TransformerManager().transform_cell(source)
+
+# %% ../../nbs/launch/18_parameters.ipynb #274e38ed
+class Assignment(NamedTuple):
+    "A name that is assigned, and by what."
+
+    name: str
+    value: ast.expr | None  # None where it has no value alone, as in a tuple
+    first_line: int
+    last_line: int
+
+
+def assignments(
+    source: str,  # of a `parameters` cell
+) -> Iterator[Assignment]:
+    "What is assigned, in order."
+    for statement in ast.parse(source).body:
+        value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        for target in filter(None, targets):
+            for node in ast.walk(target):
+                if isinstance(node, ast.Name):
+                    yield Assignment(node.id, value if node is target else None, statement.lineno, statement.end_lineno or statement.lineno)
+
+# %% ../../nbs/launch/18_parameters.ipynb #09658cbb
+def parameter_names(
+    notebook,  # an nbformat.NotebookNode
+) -> list[str]:
+    "The names that the notebook's one `parameters` cell assigns. Raises `ParameterError` unless there is exactly one."
+    return [assignment.name for assignment in assignments(parameters_source(notebook))]
 
 
 def check_parameters(
@@ -59,8 +85,5 @@ def parameter_value(
     "What a parameter is going to be: as it was given, else the literal in the `parameters` cell."
     if name in (given := notebook.metadata.get("papermill", {}).get("parameters") or {}):
         return given[name]
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    for statement in ast.parse(without_magics(cell.source)).body:
-        if isinstance(statement, ast.Assign) and [getattr(node, "id", None) for node in statement.targets] == [name]:
-            return ast.literal_eval(statement.value)
-    return otherwise
+    values = [assignment.value for assignment in assignments(parameters_source(notebook)) if assignment.name == name]
+    return ast.literal_eval(values[-1]) if values else otherwise  # type: ignore[arg-type]  # None raises too

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,15 @@ class NewFile:
             self.temporary.unlink(missing_ok=True)
         os.close(self.descriptor)
 
+# %% ../../nbs/system/02_atomic.ipynb #34b7ad93
+def sync_to_disk(path: Path) -> None:
+    "Flush a file, or a folder's names, to the disk."
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 # %% ../../nbs/system/02_atomic.ipynb #050bcf98
 @contextmanager
 def new_files(
@@ -125,6 +135,26 @@ def new_files(
             os.fsync(file.descriptor)
         for file in files:
             file.appear()
-        folder = os.open(paths[0].parent, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        os.fsync(folder)
+        sync_to_disk(paths[0].parent)
+
+# %% ../../nbs/system/02_atomic.ipynb #12eb298c
+UNFINISHED = ".unfinished"  # the suffix of a name that stands for nothing complete
+
+
+def path_beside(path: Path, why: str = "") -> Path:
+    "An unfinished name in the same folder."
+    return path.with_name(f"{path.name}{why}{UNFINISHED}")
+
+
+def remove_path(path: Path) -> None:
+    "Remove a file, a link or a folder, if there is one."
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    "Remove a file or a folder: first its name, so that no part of it is ever found."
+    if path.exists() or path.is_symlink():
+        old = path_beside(path, ".removed")
+        remove_path(old)
+        path.rename(old)
+        remove_path(old)

@@ -6,7 +6,6 @@
 __all__ = ['compare', 'best', 'prune', 'plot_runs']
 
 # %% ../../nbs/tracking/08_comparison.ipynb #6fe0e743
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import unknown
+from ..system.atomic import remove
 from ..system.lock import find_holder
 from .catalogue import FIRST, SHOWN_SETTINGS, find_records, listed_runs, record_columns, runs, table_of
 from .curves import as_label, curve_of, read_metrics
@@ -83,13 +83,9 @@ def prune(
             for path, size in _unneeded(records[run]):
                 with _warned(f"{path} is not deleted"):
                     if delete:
-                        _delete(path)
+                        remove(path)
                     rows.append({"run": run, "checkpoint": path.name, "MB": size})
     return pandas.DataFrame(rows, columns=["run", "checkpoint", "MB"])
-
-# %% ../../nbs/tracking/08_comparison.ipynb #b198b9f6
-def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 # %% ../../nbs/tracking/08_comparison.ipynb #3a266b0c
 @contextmanager

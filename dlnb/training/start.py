@@ -20,9 +20,10 @@ from lightning.pytorch.plugins.environments import (
 )
 
 from ..checkpoint.manifest import read_manifest
-from ..checkpoint.search import UNFINISHED, Found, examine, find_checkpoint, tidy
+from ..checkpoint.search import Found, examine, find_checkpoint, tidy
 from ..config import RunConfig, known_folder
 from ..formats.reader import read_layout
+from ..system.atomic import UNFINISHED
 from ..system.heartbeat import has_heartbeat
 from ..system.lock import LOCK, check_free, find_holder, hold
 from ..system.log import log

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 
-from ..launch.parameters import parameter_names, without_magics
+from ..launch.parameters import assignments, parameters_source
 from ..settings.text import read_text
 from ..views.view import Field, as_html, fault
 
@@ -42,24 +42,15 @@ def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     return beside, alone
 
 # %% ../../nbs/widgets/03_form.ipynb #8db25882
-def _assignments(source: str) -> Iterable[tuple[str, ast.expr, int, int]]:  # name, value, first and last line
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            for target in targets:
-                if isinstance(target, ast.Name):
-                    yield target.id, statement.value, statement.lineno, statement.end_lineno or statement.lineno
-
-
 def read_parameters(
     notebook: Any,  # an nbformat.NotebookNode
 ) -> list[Parameter]:
     "The parameters of a notebook. Raises `ParameterError` unless it has one `parameters` cell."
-    parameter_names(notebook)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    source = without_magics(cell.source)
+    source = parameters_source(notebook)
     (beside, alone), found = _comments(source), []
-    for name, value, first, last in _assignments(source):
+    for name, value, first, last in assignments(source):
+        if value is None:
+            continue
         group = alone[max(line for line in alone if line < first)] if any(line < first for line in alone) else ""
         default, is_computed = None, True
         with suppress(ValueError, TypeError, RecursionError):

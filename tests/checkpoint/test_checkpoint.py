@@ -15,8 +15,9 @@ from slow_mount import slow_mount
 
 from dlnb.checkpoint.collector import save_checkpoint
 from dlnb.checkpoint.manifest import KEY, Manifest
-from dlnb.checkpoint.search import UNFINISHED, find_checkpoint, tidy
+from dlnb.checkpoint.search import find_checkpoint, tidy
 from dlnb.checkpoint.writer import Write, Writer
+from dlnb.system.atomic import UNFINISHED
 
 EVENTS = ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.copytree", "shutil.rmtree")
 SIZE = 50_000  # elements of the tensor in a checkpoint

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from dlnb.checkpoint.manifest import KEY, Manifest, check_files, is_own, read_manifest
 from dlnb.checkpoint.plain_values import plain_values_only
-from dlnb.checkpoint.search import UNFINISHED, examine
+from dlnb.checkpoint.search import examine
 from dlnb.checkpoint.writer import Write, Writer
 from dlnb.config import RunConfig
+from dlnb.system.atomic import UNFINISHED
 from dlnb.trainer import fit
 
 pytestmark = pytest.mark.timeout(400)
