@@ -60,7 +60,7 @@ def predict(
 ) -> RunRecord:
     """Predict the samples of a split, each once on any number of ranks.
 
-    The record's folder then holds `predictions.parquet`, a row a sample in the dataset's order, and `metrics.json` with their number
+    The record's folder then holds `predictions.parquet`, one row per sample in the dataset's order, and `metrics.json` with their number
     and, where the batches hold labels and the predictions scores of classes, the accuracy. Raises as `evaluate` does.
     """
     if split not in ("predict", "test"):

@@ -167,7 +167,7 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
 
 # %% ../nbs/04_strategy.ipynb #9101bef2
 def prepare_deepspeed(device: str) -> None:
-    "Import DeepSpeed for a device; on a CPU without the operator that it would compile to talk to ranks of the same machine, for minutes."
+    "Import DeepSpeed for a device; on a CPU without compiling its shared-memory operator (45 seconds), which only inference uses."
     import_deepspeed(device)
     if device == "cpu":
         backend: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself

@@ -239,7 +239,7 @@ def _target(
     batch: Any,  # as predict_step got it
     num_samples: int,  # in it
 ) -> Tensor | None:  # (num_samples,)
-    "The batch's targets, where it has one number a sample."
+    "The batch's targets, where it has one number per sample."
     if isinstance(batch, Mapping):
         candidates = [batch.get(key) for key in ("target", "targets", "label", "labels")]
     else:

@@ -199,7 +199,7 @@ def _plot_histogram(path: str | Path) -> "Figure | None":
 def plot_predictions(
     path: str | Path,  # of predictions.parquet
 ) -> "Figure | None":  # None for any other predictions
-    "A classifier's confusion matrix, or the histogram of predictions that are one number a sample."
+    "A classifier's confusion matrix, or the histogram of predictions that are one number per sample."
     import matplotlib.pyplot as plt
 
     counts = confusion_matrix(path)

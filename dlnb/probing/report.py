@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def limit(self) -> float | None:
-        "Bytes that a rank may hold; None where no probe has told."
+        "Bytes that a rank may hold; None until a probe has reported it."
         totals = [probe.device_total for probe in self.probes if probe.device_total]
         return self.plan.bounds.memory or min(totals, default=None)
 

@@ -40,7 +40,7 @@ def check_devices(value: Any) -> Any:
 
 # %% ../../nbs/settings/04_devices.ipynb #c2eade49
 def count_devices(accelerator: str, devices: int | str | list[int]) -> int:
-    "How many ranks a node runs: what the launcher started, else what Lightning would choose. Raises `ValueError` for devices that are not here."
+    "How many ranks run per node: what the launcher started, else what Lightning would choose. Raises `ValueError` for devices that are not here."
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
     if devices in ("auto", -1) and "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
