@@ -6,6 +6,7 @@
 __all__ = ['Ranks', 'load_ipython_extension']
 
 # %% ../nbs/13_ranks.ipynb #983dfc75
+import os
 import shlex
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -13,16 +14,25 @@ from typing import Any, NoReturn
 
 from .config import Hardware
 from .errors import unknown
-from .session.place import own_place
+from .session.place import Resources, own_place, visible_devices
 from .session.serve import dumped
 from .session.session import Session
 from .strategy import prepare_deepspeed
 from .training.on_ranks import preloaded
 
 # %% ../nbs/13_ranks.ipynb #fafd03d9
+def _use_own_device() -> None:
+    import torch
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def _start(hardware: Hardware) -> Session:
     preload = preloaded(hardware)
-    session = Session(hardware.world_size, preload=("dlnb.trainer", *preload))
+    resources = Resources(visible_devices(hardware.accelerator, hardware.devices))
+    session = Session(hardware.world_size, resources, preload=("dlnb.trainer", *preload))
+    if hardware.accelerator == "cuda":
+        session.call(_use_own_device)
     if preload:
         session.call(prepare_deepspeed, hardware.accelerator)
     return session
@@ -48,7 +58,8 @@ class Ranks:
         _check_outside()
         self.hardware = Hardware(devices=devices, strategy=strategy, accelerator=accelerator).resolved
         self.session = _start(self.hardware)
-        for name in ("strategy", "devices", "accelerator"):
+        self["devices"] = self.hardware.world_size
+        for name in ("strategy", "accelerator"):
             self[name] = getattr(self.hardware, name)
 
     def __len__(self) -> int:

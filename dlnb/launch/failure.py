@@ -41,8 +41,8 @@ def distance_from_cause(
     "How far a failure may be from the cause: whoever waits for a rank that has failed loses the connection."
     if failure.ename.startswith(("Dist", "Connection")) or (failure.ename == "RuntimeError" and LOST_CONNECTION.search(failure.evalue)):
         return 2
-    # Lightning kills the others when a rank was interrupted.
-    killed = failure.ename == "RankDied" and re.search("SIGKILL|SIGTERM", failure.evalue)
+    # Lightning kills the others when a rank was interrupted, and NCCL's watchdog aborts those that wait.
+    killed = failure.ename == "RankDied" and re.search("SIGKILL|SIGTERM|SIGABRT", failure.evalue)
     return 1 if killed or failure.status == "finished" else 0
 
 

@@ -22,6 +22,7 @@ from .memory import ModelSize, moments_in
 from .watch import read_notes
 from ..search.trial import run_trial
 from ..search.trial_ranks import Outcome
+from ..session.place import Resources, visible_devices
 from ..tracking.metrics import read_rows
 from ..tracking.record import RunRecord
 
@@ -127,12 +128,14 @@ def run_probe(
 ) -> Probe:
     "Train a candidate for a few steps. Whatever happens is a result, and no process and no file is left."
     settings = RunConfig(**probe_settings(config, candidate, bounds.n_steps))
-    settings = RunConfig(**settings.model_dump() | _watched(settings, folder, bounds.memory))
+    count = settings.world_size // settings.num_nodes
+    settings = RunConfig(**settings.model_dump() | _watched(settings, folder, bounds.memory) | {"devices": count})
+    resources = Resources(visible_devices(config.resolved.accelerator, config.resolved.devices))
     shutil.rmtree(folder, ignore_errors=True)  # of a search that was killed
     folder.mkdir(parents=True)
     began = time.monotonic()
     try:
-        outcome = run_trial(settings, folder, lambda *_: False, "probe", timeout=bounds.timeout)
+        outcome = run_trial(settings, folder, lambda *_: False, "probe", resources, timeout=bounds.timeout)
         probe = _result(outcome, folder, settings, candidate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,7 @@ from .space import Space, check_drawn_names, read_space
 from .storage import open_storage
 from .study import StudyConfig
 from .trial_queue import TrialQueue
-from ..session.place import Resources
+from ..session.place import Resources, visible_devices
 from ..settings.objects import specs
 from ..system.log import log
 from ..system.processes import usable_cores
@@ -65,15 +65,6 @@ def device_groups(
     if len(devices) % size:
         raise ValueError(f"devices_per_trial={size} does not divide the {len(devices)} devices.")
     return [devices[first : first + size] for first in range(0, len(devices), size)]
-
-
-def visible_devices(accelerator: str, devices: list[int]) -> str | None:
-    "The value of `CUDA_VISIBLE_DEVICES` for the ranks of a trial; None without GPUs."
-    if accelerator != "cuda":
-        return None
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = seen.split(",") if seen else [str(index) for index in range(max(devices) + 1)]
-    return ",".join(names[index] for index in devices)
 
 # %% ../../nbs/search/06_plan.ipynb #28e71ff3
 @dataclass(frozen=True)

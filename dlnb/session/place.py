@@ -13,13 +13,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import parent_process, set_start_method
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..launch.rank import redirect_output
 from ..system.job import JOB
+from ..system.log import log
 from ..system.processes import usable_cores
 from ..system.progress import PROGRESS
 
@@ -40,6 +41,18 @@ class Place(NamedTuple):
     start_method: str  # of its own children, the loading processes
     cores: tuple[int, ...]
     folder: Path  # for its output and its progress
+
+# %% ../../nbs/session/00_place.ipynb #dce4b8d8
+def visible_devices(
+    accelerator: str,
+    devices: int | str | list[int],  # how many, or their numbers
+) -> str | None:
+    "The value of `CUDA_VISIBLE_DEVICES` for ranks on these devices; None without GPUs, and where their number alone is given."
+    if accelerator != "cuda" or not isinstance(devices, list):
+        return None
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(index) for index in range(max(devices) + 1)]
+    return ",".join(names[index] for index in devices)
 
 # %% ../../nbs/session/00_place.ipynb #7ca123a7
 NOT_FOR_RANKS = (  # what other launchers say of this process; and its W&B process, to which a killed rank would leave its run
@@ -115,7 +128,7 @@ def leave_process_group(
     port: int,  # of the store for the next one
     is_served: bool,  # by a process other than rank 0
 ) -> None:
-    "End the process group, where there is one, and say where the next one meets."
+    "End the process group, where there is one, when its collectives have ended, and say where the next one meets."
     if has_process_group():
         deepspeed = sys.modules.get("deepspeed")
         of_deepspeed = deepspeed is not None and deepspeed.comm.is_initialized()
@@ -157,14 +170,38 @@ def close_connections(
             end.shutdown(socket.SHUT_RDWR)
     return len(to_others)
 
+# %% ../../nbs/session/00_place.ipynb #713cf0ff
+def _nccl(group: Any) -> Any:
+    "NCCL's part of a process group; None where it has none."
+    import torch
+    from torch.distributed import distributed_c10d
 
+    try:
+        backend = group._get_backend(torch.device("cuda"))
+    except RuntimeError:
+        return None
+    return backend if distributed_c10d.is_nccl_available() and isinstance(backend, distributed_c10d.ProcessGroupNCCL) else None
+
+
+def abort_process_groups() -> None:
+    "End what the devices wait for in all process groups of this process; gloo's have nothing to abort."
+    if not has_process_group():
+        return
+    from torch.distributed.distributed_c10d import _world
+
+    groups = sorted(_world.pg_names, key=lambda group: _world.pg_names[group], reverse=True)  # torch's order
+    with ExitStack() as stack:
+        if nccl := next(filter(None, map(_nccl, groups)), None):
+            nccl._group_start()
+            stack.callback(nccl._group_end)
+            log.warning("The GPUs' collectives were aborted. What this cell has computed on them since its last step may be wrong.")
+        for group in groups:
+            group.abort()
+
+# %% ../../nbs/session/00_place.ipynb #d88b388c
 def abandon_collectives(
     pids: Iterable[int],  # of the processes that this one may wait for
 ) -> None:
     "Have the collectives that this process waits in fail. Called in another thread than waits."
+    abort_process_groups()
     close_connections(pids)
-    if has_process_group():
-        from torch.distributed.distributed_c10d import _world
-
-        for group in list(_world.pg_names):
-            group.abort()  # nothing under gloo

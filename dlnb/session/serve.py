@@ -22,9 +22,10 @@ from typing import Any
 
 from ..launch.rank_record import Rank
 from .comms import receive_comm
-from .place import Place, abandon_collectives, begun_collectives, close_connections, leave_process_group
+from .place import Place, abandon_collectives, abort_process_groups, begun_collectives, close_connections, leave_process_group
 from .shell import session_shell
 from ..settings.import_path import import_file, is_file_module
+from ..system.log import log
 
 # %% ../../nbs/session/04_serve.ipynb #89928527
 class Interrupts:
@@ -66,6 +67,14 @@ class Interrupts:
 UNNOTICED = 1.0  # seconds after which a main thread that has not noticed an interrupt counts as waiting for another process
 
 
+def _abandon(pids: list[int]) -> None:
+    "Abandon collectives; the thread that does so receives what comes later, whatever goes wrong."
+    try:
+        abandon_collectives(pids)
+    except Exception as error:
+        log.warning(f"A collective could not be abandoned: {type(error).__name__}: {error}")
+
+
 class Channel:
     "The channel to the kernel."
 
@@ -81,12 +90,12 @@ class Channel:
             while True:
                 if not interrupts.is_noticed and not self.connection.poll(UNNOTICED) and not interrupts.is_noticed:
                     self.is_cut_off = interrupts.is_noticed = True
-                    abandon_collectives(pids)
+                    _abandon(pids)
                 match self.connection.recv():
                     case ("interrupt", number, signal_number, pids):
                         interrupts.interrupt(number, signal_number)
                     case ("abandon", pids):
-                        abandon_collectives(pids)
+                        _abandon(pids)
                     case message:
                         self.received.put(message)
         self.received.put(None)
@@ -180,6 +189,8 @@ class Requests:
         receive_comm(comm_id, message)
 
     def leave(self, port: int, pids: list[int]) -> None:
+        "Leave process groups in which a collective may never end."
+        abort_process_groups()
         leave_process_group(port, is_served=True)
         close_connections(pids)
 

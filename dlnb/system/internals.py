@@ -88,6 +88,7 @@ OTHERS = (
         "session.place",
         "know whether an interrupt has left ranks at different collectives",
     ),
+    _internal("torch.distributed:ProcessGroup", "_get_backend", "session.place", "find NCCL's part of it"),
     _internal("torch.utils._pytree", "tree_leaves", "checkpoint.host_copy", "count the bytes of nested tensors"),
     _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),
     _internal("torch.utils.cpp_extension", "_get_build_directory", "optimizers.compiled", "find out whether an operator is compiled"),
@@ -118,6 +119,9 @@ OTHERS = (
         "nbclient.client:NotebookClient", "_async_poll_for_reply", "launch.kernel_client", "wait for outputs that are still arriving"
     ),
 )
+
+# %% ../../nbs/system/09_internals.ipynb #2898f0e8
+NCCL = (_internal("torch.distributed:ProcessGroupNCCL", "_group_start _group_end", "session.place", "abort all of NCCL's groups together"),)
 
 # %% ../../nbs/system/09_internals.ipynb #71c9de94
 _ZERO, _PARTS = "deepspeed.runtime.zero", "system.zero_internals"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import Hardware, RunConfig
 from ..errors import Preempted
-from ..session.place import own_place
+from ..session.place import own_place, visible_devices
 from ..session.serve import dumped
 from ..session.session import Session
 from ..tracking.kept_source import notebook_names
@@ -30,11 +30,21 @@ def _check_own_ranks(config: RunConfig) -> None:
         )
 
 
+def _check_numbers(devices: int | str | list[int], strategy: str) -> None:
+    "Raise `ValueError` for devices that DeepSpeed would not use: a rank's is the visible one of its own number."
+    if "deepspeed" in strategy and isinstance(devices, list) and devices != [*range(len(devices))]:
+        raise ValueError(
+            f"devices={devices!r}: under DeepSpeed rank 0 uses the first visible GPU, rank 1 the second, and so on. Give "
+            f"devices={len(devices)}, and start this process with CUDA_VISIBLE_DEVICES={visible_devices('cuda', devices)}."
+        )
+
+
 def needs_ranks(config: RunConfig) -> bool:
     """Whether this process is an interactive one, which cannot be one of the settings' ranks.
 
-    Raises `ValueError` where not all ranks would be on this machine."""
+    Raises `ValueError` where not all ranks would be on this machine, or on the devices that were chosen."""
     _check_own_ranks(config)
+    _check_numbers(config.resolved.devices, config.resolved.strategy)
     is_rank = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ  # a kernel that torchrun has started
     if not hasattr(sys, "ps1") or is_rank or config.resolved.strategy == "single_device":
         return False

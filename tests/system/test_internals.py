@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 
 from dlnb.system import internals
 
-LISTED = {name for internal in internals.LIGHTNING + internals.OTHERS + internals.DEEPSPEED for name in internal.names}
+LISTED = {name for internal in internals.LIGHTNING + internals.OTHERS + internals.NCCL + internals.DEEPSPEED for name in internal.names}
 PUBLIC = {"_replace", "_asdict", "_exit", "_render_traceback_"}  # of named tuples, of os, and of IPython
 COMMON = set("resume_start partition all_gather param_groups optimizer create save commit".split())  # names of other things too
 MODULES = sorted(path for path in (REPOSITORY / "dlnb").rglob("*.py") if path.stem != "_modidx")
@@ -40,10 +40,12 @@ def own_names() -> set[str]:
     return defined | fields | assigned | attributes
 
 
-@pytest.mark.parametrize("name", ["LIGHTNING", "OTHERS", "DEEPSPEED"])
+@pytest.mark.parametrize("name", ["LIGHTNING", "OTHERS", "NCCL", "DEEPSPEED"])
 def test_the_installed_libraries_have_what_is_listed(name):
     if name == "DEEPSPEED" and sys.platform != "linux":
         pytest.skip("DeepSpeed is installed on Linux alone")
+    if name == "NCCL" and not torch.distributed.is_nccl_available():
+        pytest.skip("this torch is a build without NCCL")
     listed = [internal for internal in getattr(internals, name) if internal.module != "optimizers.muon" or hasattr(torch.optim, "Muon")]
     missing = internals.missing(tuple(listed))
     assert not missing, "\n".join(missing)
@@ -67,7 +69,7 @@ def names_in(path: str) -> set[str]:
 
 def test_each_of_them_is_used_where_the_list_says():
     rooms = {}
-    for internal in internals.LIGHTNING + internals.OTHERS + internals.DEEPSPEED:
+    for internal in internals.LIGHTNING + internals.OTHERS + internals.NCCL + internals.DEEPSPEED:
         for name in internal.names:
             rooms.setdefault(name, set()).add(f"dlnb/{internal.module.replace('.', '/')}.py")
     names = {path: names_in(path) for path in TREES}
