@@ -108,5 +108,6 @@ def save_checkpoint(
     with collected(trainer.strategy, files, manifest.partial.left_out if manifest.partial else ()):
         trainer.save_checkpoint(staging)
     if trainer.is_global_zero or files or staging.is_dir():
-        writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals, notes), background)
+        ranks_here = trainer.num_devices if staging.is_dir() else 1
+        writer.write(Write(staging, files, trainer.global_rank, manifest, paths, removals, notes, ranks_here), background)
     writer.pauses.append(time.perf_counter() - began)

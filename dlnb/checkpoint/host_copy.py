@@ -29,6 +29,13 @@ class HostCopy:
         self.buffers = tensors.taken  # what was not used is given back
         return copied
 
+    def missing(
+        self,
+        content: Any,  # as for `take`
+    ) -> int:
+        "The bytes that a copy takes beside the memory that is kept."
+        return max(0, size_of(content, host_bytes) - size_of(self.buffers, host_bytes))
+
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #2828df97
 class TensorCopies:
     "The copies of one state's tensors, in free buffers as far as they fit."
@@ -120,17 +127,28 @@ def _by_pickle(value: Any, copy_tensor: Callable[[Any], Any]) -> Any:
     return Unpickler(buffer).load()
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #5c1e0a04
+def bytes_of(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def host_bytes(tensor: Any) -> int:
+    "The bytes of the host's memory that a copy takes: torch rounds up what is pinned to a power of two."
+    size = bytes_of(tensor)
+    is_pinned = tensor.device.type == "cuda" or tensor.is_pinned()
+    return 1 << (size - 1).bit_length() if is_pinned and size else size
+
+
 def size_of(
     content: Any,  # as for `HostCopy`
+    measure: Callable[[Any], int] = bytes_of,  # of a tensor
 ) -> int:
     "The bytes of the tensors in it."
     import torch
     from torch.utils._pytree import tree_leaves
 
-    return sum(_bytes_of(leaf) for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+    def size(tensor: Any) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return measure(tensor)
 
-
-def _bytes_of(tensor: Any) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+    return sum(size(leaf) for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))

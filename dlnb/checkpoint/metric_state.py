@@ -84,10 +84,17 @@ def _to(value: Any, device: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 # %% ../../nbs/checkpoint/10_metric_state.ipynb #2915f7cd
+def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "The buffers that a `state_dict` holds, without making one: FSDP would gather the model for it."
+    transient = {
+        f"{prefix}.{name}" if prefix else name for prefix, part in module.named_modules() for name in part._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in module.named_buffers() if name not in transient}
+
+
 def own_buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
     "The buffers of this rank that are not the same on all of them."
-    state = trainer.lightning_module.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in trainer.lightning_module.named_buffers() if name in state}
+    buffers = saved_buffers(trainer.lightning_module)
     if trainer.world_size == 1 or not buffers:
         return {}
     sums = {name: zlib.crc32(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()) for name, buffer in buffers.items()}

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .host_copy import HostCopy, size_of
+from .host_copy import HostCopy
 from .manifest import FileEntry, Manifest
 from .place import place
 from .trust import digest, sign_archive, signed
 from ..system.atomic import remove, remove_path, sync_to_disk, write_json
+from ..system.log import log
+from ..system.processes import free_memory
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #33885dfa
 class Write(NamedTuple):
@@ -31,6 +33,7 @@ class Write(NamedTuple):
     paths: Sequence[Path]  # the names that the checkpoint gets
     removals: Sequence[Path]  # checkpoints that it replaces
     notes: Sequence[Callable[[], None]] = ()  # called by rank 0 once it has its names, before the others are removed
+    ranks_here: int = 1  # of this machine, that write beside each other
 
 # %% ../../nbs/checkpoint/05_writer.ipynb #3aec213f
 def write_files(work: Write) -> None:
@@ -104,12 +107,16 @@ class Writer:
         self.thread: threading.Thread | None = None  # in which it runs
         self.copies = HostCopy()
         self.pauses: list[float] = []  # seconds that the training waited for each checkpoint
+        self.has_warned = False
 
     def write(self, work: Write, background: bool = True) -> None:
         "Write a checkpoint. Raises the error of the one before, or, unless in the background, of this one."
         self.finish()
-        if fits := _has_room(size_of(list(work.files.values()))):
+        if fits := self._has_room(work):
             work = work._replace(files=self.copies.take(work.files))
+        elif background and not self.has_warned:
+            self.has_warned = True
+            log.warning("The main memory has no room for a copy of the training's state: the training waits while a checkpoint is written.")
         self.writing = Writing(work)
         if background and fits:
             self.thread = threading.Thread(target=self.writing.run, name="dlnb-checkpoint")
@@ -117,6 +124,10 @@ class Writer:
         else:
             self.writing.run()
             self.finish()
+
+    def _has_room(self, work: Write) -> bool:
+        "Whether each rank of this machine may take the memory that a copy needs, and half as much is left."
+        return free_memory() / work.ranks_here > 1.5 * self.copies.missing(work.files)
 
     def finish(self) -> None:
         "Wait for the checkpoint that is being written. Raises its error."
@@ -126,11 +137,13 @@ class Writer:
             raise writing.error
 
     def abandon(self) -> None:
-        "Wait for what this rank writes itself, and not for other ranks: one may be dead. No error is raised."
+        "Wait for what this rank writes itself, and not for other ranks: one may be dead. An error is reported, and not raised."
         if self.writing is not None:
             self.writing.abandoned.set()
         self._join()
-        self.writing = None
+        writing, self.writing = self.writing, None
+        if writing is not None and writing.error is not None:
+            log.warning(str(writing.error))
 
     def _join(self) -> None:
         if self.thread is not None:
@@ -151,12 +164,6 @@ def _explained(work: Write, error: Exception, placed: bool) -> OSError:
     new = OSError(message)
     new.__cause__ = error
     return new
-
-
-def _has_room(size: int) -> bool:
-    import psutil
-
-    return psutil.virtual_memory().available > 1.5 * size
 
 
 def _note(staging: Path, rank: int) -> Path:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ..config import RunConfig, known_folder, short_hash
 from .candidates import Candidates, ProbingConfig, find_candidates
 from .probe import Bounds, Probe
@@ -20,6 +18,7 @@ from .search import Machine
 from ..search.plan import check_new_runs
 from ..system.atomic import write_json
 from ..system.files import read_json
+from ..system.processes import main_memory
 from ..tracking.environment import hardware, package_versions
 from ..tracking.kept_source import given_source
 from ..tracking.sources import source_hashes
@@ -27,15 +26,6 @@ from ..training.plan import check_class
 
 # %% ../../nbs/probing/06_plan.ipynb #b4af8615
 SHARE = 0.95  # of the main memory
-
-
-def main_memory() -> int:  # bytes
-    "Of the machine, or of the container that this process is in."
-    total = psutil.virtual_memory().total
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group of version 2, or "max"
-        return total
 
 
 def memory_bound(config: RunConfig, probing: ProbingConfig) -> int | None:  # bytes per rank

@@ -88,6 +88,7 @@ OTHERS = (
         "session.place",
         "know whether an interrupt has left ranks at different collectives",
     ),
+    _internal("torch.nn:Module", "_non_persistent_buffers_set", "checkpoint.metric_state", "know which buffers a state_dict holds"),
     _internal("torch.distributed:ProcessGroup", "_get_backend", "session.place", "find NCCL's part of it"),
     _internal("torch.utils._pytree", "tree_leaves", "checkpoint.host_copy", "count the bytes of nested tensors"),
     _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),

@@ -117,3 +117,34 @@ def describe_exit(
 def usable_cores() -> list[int]:
     "The cores that this process may use."
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+# %% ../../nbs/system/03_processes.ipynb #8480d16c
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of version 2, as a container sees its own
+
+
+def _of_control_group(name: str) -> int | None:
+    "A file with a number of bytes; None where there is none, or no limit."
+    try:
+        return int((CONTROL_GROUP / name).read_text())
+    except (OSError, ValueError):  # "max"
+        return None
+
+
+def main_memory() -> int:  # bytes
+    "Of the machine, or of the container that this process is in."
+    import psutil
+
+    total = psutil.virtual_memory().total
+    return min(total, _of_control_group("memory.max") or total)
+
+
+def free_memory() -> int:  # bytes
+    "What processes may still take, of the machine or of the container."
+    import psutil
+
+    available = psutil.virtual_memory().available
+    limit, used = _of_control_group("memory.max"), _of_control_group("memory.current")
+    if limit is None or used is None:
+        return available
+    files = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.M)
+    return min(available, limit - used + (int(files[1]) if files else 0))

@@ -52,7 +52,7 @@ def test_a_folder_that_the_strategy_writes_itself_is_complete_when_all_ranks_hav
 
     writers, manifest = [Writer(), Writer()], Manifest(step=1, epoch=0, world_size=2)
     for rank, writer in enumerate(writers):
-        trainer = SimpleNamespace(is_global_zero=rank == 0, global_rank=rank, strategy=Folder(), save_checkpoint=write_part)
+        trainer = SimpleNamespace(is_global_zero=rank == 0, global_rank=rank, num_devices=2, strategy=Folder(), save_checkpoint=write_part)
         save_checkpoint(trainer, writer, manifest, tmp_path / "last.ckpt")
     for writer in writers:
         writer.finish()
@@ -219,3 +219,32 @@ def test_an_object_that_cannot_be_copied_is_saved_as_it_is_at_each_of_its_places
     writer.finish()
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert saved["one"].value == 5 and saved["holds it"][0] is saved["one"]
+
+
+def written_by(ranks_here: int, folder) -> bool:
+    "Whether a tensor of 400 KB is written in the background; all files that it leaves are complete."
+    staging, manifest, writer = folder / f"last.ckpt{UNFINISHED}", Manifest(step=1, epoch=0), Writer()
+    files = {staging: {"weight": torch.zeros(100_000), KEY: manifest.model_dump(mode="json")}}
+    writer.write(Write(staging, files, 0, manifest, [folder / "last.ckpt"], [], ranks_here=ranks_here))
+    is_background = writer.thread is not None
+    writer.finish()
+    assert find_checkpoint(folder).manifest.step == 1
+    return is_background
+
+
+def test_ranks_of_a_container_that_has_room_for_some_of_their_copies_write_before_they_go_on(tmp_path, monkeypatch, capsys):
+    "The control group is another one, with 2 MB of memory that are free; a copy needs 0.6 MB."
+    for name, content in {"memory.max": "9000000", "memory.current": "8000000", "memory.stat": "inactive_file 1000000\n"}.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr("dlnb.system.processes.CONTROL_GROUP", tmp_path)
+    assert written_by(3, tmp_path) and capsys.readouterr().out == ""
+    assert not written_by(4, tmp_path) and "the training waits while a checkpoint is written" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_fails_is_reported_where_the_training_has_failed_first(tmp_path, capsys):
+    manifest, writer = Manifest(step=1, epoch=0), Writer()
+    missing = tmp_path / "missing" / f"last.ckpt{UNFINISHED}"
+    writer.write(Write(missing, {missing: {}}, 0, manifest, [tmp_path / "last.ckpt"], []))
+    writer.abandon()
+    reported = capsys.readouterr().out
+    assert reported.count("could not be written at step 1") == 1 and "The previous checkpoint is kept" in reported
