@@ -283,13 +283,13 @@ def _place_in(root: str, path: str) -> str:
     return place.relative_to(top).as_posix() if place.is_relative_to(top) else str(place)
 
 # %% ../nbs/05_config.ipynb #87796832
-def _readable_name(config: IdentifiedRun) -> str:
+def _readable_name(config: IdentifiedRun, mode: str = "train") -> str:
     parameters = config.model_parameters
     plain = {name: value for name, value in config.model_arguments.items() if isinstance(value, int | float | str)}
     arguments = {name: value for name, value in plain.items() if name not in parameters or value != parameters[name].default}
     arguments = {name: f"{value:g}" if isinstance(value, float) else value for name, value in arguments.items()}
     shape = f"{config.batch_size}x{config.world_size}x{config.accumulate_grad_batches}"
-    rate = [] if "lr" in config.unread else [f"lr={config.lr:g}"]
+    rate = [] if "lr" in config.unread or mode in ("test", "predict") else [f"lr={config.lr:g}"]
     words = [f"{name}={value}" for name, value in arguments.items()] + rate + [shape, config.precision.removesuffix("-true")]
     name = re.sub(r"[^\w.=-]+", "_", "-".join(words))
     return os.fsencode(name)[:60].decode(errors="ignore")
@@ -320,7 +320,8 @@ class NamedRun(IdentifiedRun):
         mode: str = "train",  # train, tune, test or predict
     ) -> Path:
         "Where the run is stored: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
-        return Path(self.root) / self.task / _check_mode(mode) / self.resolved.strategy / f"{self.run_name}-{self.hash}"
+        name = self.name or _readable_name(self, _check_mode(mode))
+        return Path(self.root) / self.task / mode / self.resolved.strategy / f"{name}-{self.hash}"
 
     def project(
         self,

@@ -28,7 +28,7 @@ from .optimizers.compiled import import_deepspeed
 from .optimizers.muon import show_partitions
 from .optimizers.target import offloads_optimizer, resolve_accelerator
 from .strategies.deepspeed_config import SETTINGS, check_keys, check_stage, merged, top_level_keys
-from .system.zero_internals import record_whole_steps
+from .system.zero_internals import is_partitioned, move_unpartitioned, record_whole_steps
 
 # %% ../nbs/04_strategy.ipynb #0b42b0ac
 def strategy_names() -> list[str]:
@@ -160,6 +160,8 @@ class OneDivisionDeepSpeedStrategy(DeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         replace_compiled(self.lightning_module)
         self.before_sharding(self.lightning_module)
+        if any(map(is_partitioned, self.lightning_module.parameters())):
+            move_unpartitioned(self.lightning_module, self.root_device)
         super().setup(trainer)
         record_whole_steps(self.model)
         for optimizer in self.optimizers:

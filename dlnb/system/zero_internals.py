@@ -55,6 +55,21 @@ def gather_again(parameters: list[nn.Parameter]) -> None:
         gathered[0].partition(param_list=gathered, has_been_updated=False)
         gathered[0].all_gather(param_list=gathered)
 
+# %% ../../nbs/system/14_zero_internals.ipynb #b81fa7ce
+def move_unpartitioned(module: nn.Module, device: torch.device) -> None:
+    "Move what a model that was built partitioned has on another device, but for what is partitioned or on the meta device."
+    if not any(map(is_partitioned, module.parameters())):
+        if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            module.to(device)  # a metric moves its states too
+        return
+    for child in module.children():
+        move_unpartitioned(child, device)
+    for name, buffer in [*module.named_buffers(recurse=False)]:
+        setattr(module, name, buffer if buffer.is_meta else buffer.to(device))
+    for parameter in module.parameters(recurse=False):
+        if not (is_partitioned(parameter) or parameter.is_meta):
+            parameter.data = parameter.data.to(device)
+
 # %% ../../nbs/system/14_zero_internals.ipynb #741c2690
 def is_stage_3(optimizer: Any) -> bool:
     "Whether this is the optimizer of stage 3."
