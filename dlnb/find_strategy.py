@@ -42,7 +42,7 @@ class _Search:
     def probe(self, candidate: Candidate, predicted: float | None) -> Probe:
         "Try one, in a hidden folder."
         settings = with_kept_paths(self.plan.config.model_dump(), self.plan.folder)
-        config = RunConfig(**settings | {"best_params": None}).with_given(self.plan.config.given)
+        config = RunConfig(**settings | {"best_params": None})
         return run_probe(config, candidate, self.plan.folder.absolute() / ".probe", self.plan.bounds, predicted)
 
     def run(self) -> None:

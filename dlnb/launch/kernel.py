@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .lifeline import end_with_supervisor
 from .rank_record import Rank
 from .shell import leave_interactive, report_interrupts, send_all_output
 
@@ -71,7 +70,6 @@ def prepare_kernel(
     "Make a kernel rank 0 of a job."
     from IPython import get_ipython
 
-    end_with_supervisor()
     leave_watching_to_supervisor(Path(script).parent)
     report_interrupts(get_ipython())
     send_all_output(get_ipython().kernel)

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/search/03_trial_queue.ipynb #66736cda
 import fcntl
 import os
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -96,34 +97,38 @@ class TrialQueue(StudyTrials):
             if len(rows) < self.n_trials and all(row.state != TrialState.WAITING for row in rows):
                 optuna.load_study(study_name=self.study_name, storage=self.storage).enqueue_trial({})
                 rows = self.all()
-            return next((row for row in rows if row.state == TrialState.WAITING and self._set_running(row)), None)
+            waiting = [trial_id(row) for row in rows if row.state == TrialState.WAITING]
+            return next((self.storage.get_trial(id) for id in waiting if self._set_running(id)), None)
 
-    def _set_running(self, row: FrozenTrial) -> bool:
+    def _set_running(self, id: int) -> bool:
         try:
-            if not self.storage.set_trial_state_values(trial_id(row), TrialState.RUNNING):
+            if not self.storage.set_trial_state_values(id, TrialState.RUNNING):
                 return False
         except UpdateFinishedTrialError:
             return False
-        self.storage.set_trial_user_attr(trial_id(row), "worker", asdict(Process.this()))
-        self.heartbeat(trial_id(row))
+        self.storage.set_trial_user_attr(id, "worker", asdict(Process.this()) | {"claim": secrets.token_hex(8)})
+        self.heartbeat(id)
         return True
 
     @contextmanager
-    def owned(self, id: int) -> Iterator[bool]:
-        "Whether this process is still the worker of that trial; no other one takes the trial over in the meantime."
+    def owned(
+        self,
+        row: FrozenTrial,  # as it was claimed
+    ) -> Iterator[bool]:
+        "Whether that claim still holds; no other worker takes the trial over in the meantime."
         with self.locked():
-            row = self.storage.get_trial(id)
-            yield row.state == TrialState.RUNNING and _worker(row) == Process.this()
+            now = self.storage.get_trial(trial_id(row))
+            yield now.state == TrialState.RUNNING and now.user_attrs["worker"] == row.user_attrs["worker"]
 
     def heartbeat(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):
             self.storage.set_trial_user_attr(id, "alive", time.time())
 
-    def release(self, id: int) -> None:
-        "Requeue a trial that this process was to stop."
-        with self.owned(id) as is_own:
+    def release(self, row: FrozenTrial) -> None:
+        "Requeue a trial that was claimed, and is not going to be ended."
+        with self.owned(row) as is_own:
             if is_own:
-                self.requeue(id)
+                self.requeue(trial_id(row))
 
     def requeue(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):

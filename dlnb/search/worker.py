@@ -40,8 +40,8 @@ class TrialTraining:
     "The training of one trial: the values that it reported, and how it ended."
 
     def __init__(self, plan: SearchPlan, study: ExhaustibleStudy, row: FrozenTrial):
-        self.plan, self.id = plan, trial_id(row)
-        self.trial = optuna.trial.Trial(study, self.id)
+        self.plan, self.row = plan, row
+        self.trial = optuna.trial.Trial(study, trial_id(row))
         self.known = row.intermediate_values.keys()  # the steps of reports that the study has from an earlier attempt
         self.values: list[float] = []
 
@@ -84,14 +84,15 @@ class OutcomeWriter:
 
     def write(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
         "Write the trial's end, with the best value that was reported. Raises `TuningError` where no further trial should start."
-        with self.queue.owned(training.id) as is_own:
+        with self.queue.owned(training.row) as is_own:
             if not is_own:
                 return
             self._tell(study, training, outcome)
         if outcome.state == "failed":
             return self._count_failure(training.trial.number, outcome)
         self.failed_in_a_row = 0
-        write_best(self.plan, self.queue.all())
+        if outcome.state == "finished":
+            write_best(self.plan, self.queue.all())
 
     def _tell(self, study: ExhaustibleStudy, training: TrialTraining, outcome: Outcome) -> None:
         if outcome.state == "failed":
@@ -138,5 +139,5 @@ class Worker:
         finally:
             self.running.remove(trial_id(row))
             if outcome.state == "stopped":
-                self.queue.release(trial_id(row))
+                self.queue.release(row)
         self.exhausted = self.exhausted or study.exhausted

@@ -23,7 +23,7 @@ from .output import Output
 from .place import Resources
 from .processes import Died, RankProcesses
 from .serve import dumped, serve
-from ..system.progress import ENDING_GRACE, ProgressWatch, collect_stacks, is_ending
+from ..system.progress import ProgressWatch, collect_stacks, is_ending
 
 # %% ../../nbs/session/06_session.ipynb #7bf9e45c
 class RunningRanks:
@@ -250,14 +250,13 @@ class WatchedExchange(Exchange):
             self.abandon_after, self.is_cut_off = self.answers.since_failure + ABANDON_EVERY, True
             for rank in self.answers.waiting:
                 self.processes.send(rank, ("abandon", self.processes.pids))
-        if self.answers.since_failure > ABORT_AFTER + self.patience:
+        completes = 0 in self.answers.waiting and is_ending(self.watch.folder, time.time() - self.answers.since_failure)
+        if self.answers.since_failure > ABORT_AFTER + self.patience and not completes:
             self.abort("it waited for another rank, which had failed", {})
 
     @property
     def patience(self) -> float:
-        "Seconds for the ranks that have not answered; more for rank 0 where it completes what a training was writing."
-        if 0 in self.answers.waiting and is_ending(self.watch.folder, time.time() - self.answers.since_failure):
-            return ENDING_GRACE
+        "Seconds for the ranks that have not answered, unless rank 0 completes what a training was writing."
         in_vain = self.ended or (self.interrupts.number and not self.keeps_variables)
         return DEATH_PATIENCE if in_vain else PATIENCE
 
