@@ -15,24 +15,15 @@ from typing import Any
 from ..errors import ParameterError
 
 # %% ../../nbs/launch/21_command.ipynb #b6efa2b7
-def _as_papermill_reads(text: str) -> Any:
-    "What `-p NAME TEXT` gives a notebook."
-    if text in ("True", "False", "None"):
-        return {"True": True, "False": False, "None": None}[text]
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def _argument(name: str, value: Any) -> list[str]:
     "papermill's arguments for one parameter. Raises `ParameterError` for a value that would not arrive as it is."
     import yaml
+    from papermill.cli import _resolve_type  # by which it reads -p NAME VALUE
     from papermill.iorw import NoDatesSafeLoader
 
     value = str(value) if isinstance(value, Path) else value
     if value is None or isinstance(value, bool | int | float | str):
-        if (read := _as_papermill_reads(str(value))) == value and type(read) is type(value) or value != value:
+        if (read := _resolve_type(str(value))) == value and type(read) is type(value) or value != value:
             return ["-p", name, str(value)]
         if isinstance(value, str):
             return ["-r", name, value]

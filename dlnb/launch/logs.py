@@ -55,6 +55,10 @@ class LogFollower:
         self.folder = folder
         self.logs: dict[str, _Log] = {}
 
+    def close(self) -> None:
+        for log in self.logs.values():
+            log.file.close()
+
     def read(
         self,
         last: bool = False,  # an unfinished line counts too

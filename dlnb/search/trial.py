@@ -48,6 +48,7 @@ def run_trial(
         return ranks.outcomes[0]
     finally:
         ranks.end()
+        watch.close()
         _forget_progress(folder)
 
 # %% ../../nbs/search/05_trial.ipynb #8e2d6214

@@ -58,6 +58,8 @@ class Output:
         shown[kind](*content)
 
     def close(self) -> None:
+        for follower in self.followers:
+            follower.close()
         if self.own:
             self.own.close()
 

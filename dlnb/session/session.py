@@ -45,6 +45,7 @@ class RunningRanks:
     def end(self) -> None:
         self.processes.end()
         self.output.close()
+        self.watch.close()
         self.temporary.cleanup()
 
 # %% ../../nbs/session/06_session.ipynb #e57ee769

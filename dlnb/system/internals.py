@@ -89,6 +89,7 @@ OTHERS = (
         "know whether an interrupt has left ranks at different collectives",
     ),
     _internal("torch.nn:Module", "_non_persistent_buffers_set", "checkpoint.metric_state", "know which buffers a state_dict holds"),
+    _internal("papermill.cli", "_resolve_type", "launch.command", "know how a parameter arrives"),
     _internal("torch.distributed:ProcessGroup", "_get_backend", "session.place", "find NCCL's part of it"),
     _internal("torch.utils._pytree", "tree_leaves", "checkpoint.host_copy", "count the bytes of nested tensors"),
     _internal("torch.utils._pytree", "tree_map", "data", "shard each of nested data loaders"),

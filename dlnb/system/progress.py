@@ -106,6 +106,10 @@ class _ProgressReader:
     def __init__(self, folder: Path):
         self.folder, self.files = folder, {}
 
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
     def read(self) -> Iterator[tuple[int, RankProgress]]:
         with suppress(OSError):  # a folder may be cleaned away while one looks into it
             for path in self.folder.glob("rank-*.progress"):
@@ -127,6 +131,9 @@ class ProgressWatch:
         self.folder, self.reader = folder, _ProgressReader(folder)
         self.ranks: dict[int, RankProgress] = {}  # those under way
         self.idle, self.looked = 0.0, time.monotonic()  # seconds without progress; when it has looked last
+
+    def close(self) -> None:
+        self.reader.close()
 
     def look(self) -> bool:
         "Whether no rank has made progress for longer than is allowed. To be called every few seconds, or more often."

@@ -10,7 +10,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +88,8 @@ def pids_of(record: RunRecord) -> dict[int, int]:  # to each rank
     pids = {0: record.pid}
     with suppress(psutil.Error, OSError):
         if folder := psutil.Process(record.pid).environ().get(PROGRESS):
-            watch = ProgressWatch(Path(folder))
-            watch.look()
+            with closing(ProgressWatch(Path(folder))) as watch:
+                watch.look()
             pids |= {rank: state.pid for rank, state in watch.ranks.items()}
     return pids
 
