@@ -34,7 +34,7 @@ class ProbingConfig(KnownSettings):
     batch_sizes: Sizes = []  # micro-batches: samples per rank and batch; none for all that divide the rank's part of a step
     memory_limit: Bytes = Field(None, gt=0)  # bytes per rank, of the GPU or on a CPU in all; None for what the machine has
     n_steps: int = Field(8, ge=4)  # optimizer steps of a probe, of which the first two do not count
-    max_probes: int | None = Field(None, ge=1)  # None for a third of the candidates
+    max_probes: int | None = Field(None, ge=1)  # None for a third of the candidates, or one more than there are strategies
     probe_timeout: float | None = Field(600.0, gt=0)  # seconds, after which a probe has failed
     largest_batch: bool = False  # look for the largest batch size that fits under the fastest strategy, in at most six more probes
 
