@@ -320,7 +320,8 @@ class NamedRun(IdentifiedRun):
         mode: str = "train",  # train, tune, test or predict
     ) -> Path:
         "Where the run is stored: `root/<Data>-<Model>/<mode>/<strategy>/<name>-<hash>`."
-        name = self.name or _readable_name(self, _check_mode(mode))
+        _check_mode(mode)
+        name = self.name or _readable_name(self, mode)
         return Path(self.root) / self.task / mode / self.resolved.strategy / f"{name}-{self.hash}"
 
     def project(

@@ -9,8 +9,9 @@ __all__ = ['consolidate', 'main']
 import argparse
 import errno
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import unknown
@@ -26,12 +27,10 @@ def _bytes(
     size: int | str,  # "5GB", "500MB", "2GiB", or a number of bytes
 ) -> int:
     "A size in bytes. Raises `ValueError` for any other text."
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    with suppress(ValidationError):
-        if (found := int(TypeAdapter(ByteSize).validate_python(size))) > 0:
-            return found
-    raise ValueError(f"max_shard_size={size!r} must be a size such as '5GB', '500MB' or '2GiB', or a number of bytes.")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", str(size).strip(), flags=re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"max_shard_size={size!r} must be a size such as '5GB', '500MB' or '2GiB', or a number of bytes.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
 
 # %% ../nbs/01_consolidate.ipynb #82c7a910
 def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:

@@ -19,7 +19,7 @@ from ..checkpoint.manifest import Manifest
 from ..config import RunConfig
 from ..optim import describe_optimizer
 from ..optimizers.target import zero_stage
-from ..system.progress import announce_ending
+from ..system.progress import announce_ending, withdraw_ending
 from ..system.trainer_internals import logged_steps
 from ..system.zero_internals import full_size, master_weights
 from ..tracking.metrics import MetricsLogger
@@ -96,6 +96,8 @@ class RunRecorder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.record.folder = trainer.strategy.broadcast(self.record.folder)
+        if trainer.is_global_zero:
+            withdraw_ending()
         if trainer.is_global_zero and not self.record.is_own:
             self.record.begin()
             self.record.write()

@@ -34,9 +34,25 @@ class HostCopy:
         content: Any,  # as for `take`
     ) -> int:
         "The bytes that a copy takes beside the memory that is kept."
-        return max(0, size_of(content, host_bytes) - size_of(self.buffers, host_bytes))
+        kept = sum(host_bytes(buffer) for buffers in self.buffers.values() for buffer in buffers)
+        once = {_memory_of(tensor): tensor for tensor in tensors_in(content)}
+        return max(0, sum(map(host_bytes, once.values())) - kept)
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #2828df97
+def _is_plain(tensor: Any) -> bool:
+    "Whether it is neither sparse nor distributed."
+    import torch
+
+    return tensor.layout is torch.strided and (type(tensor) is torch.Tensor or not hasattr(tensor, "to_local"))
+
+
+def _memory_of(tensor: Any) -> tuple:
+    "What two tensors have in common that are views of the same elements."
+    if not _is_plain(tensor):
+        return (id(tensor),)
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 class TensorCopies:
     "The copies of one state's tensors, in free buffers as far as they fit."
 
@@ -45,12 +61,10 @@ class TensorCopies:
         self.copies: dict[tuple, Any] = {}  # by the memory that they are of
 
     def copy(self, tensor: Any) -> Any:
-        import torch
-
         tensor = tensor.detach()
-        if tensor.layout is not torch.strided or type(tensor) is not torch.Tensor and hasattr(tensor, "to_local"):
+        if not _is_plain(tensor):
             return tensor.cpu().clone()
-        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        memory = _memory_of(tensor)
         if memory not in self.copies:
             self.copies[memory] = self._buffer(tensor).copy_(tensor)
         return self.copies[memory]
@@ -127,28 +141,30 @@ def _by_pickle(value: Any, copy_tensor: Callable[[Any], Any]) -> Any:
     return Unpickler(buffer).load()
 
 # %% ../../nbs/checkpoint/04_host_copy.ipynb #5c1e0a04
-def bytes_of(tensor: Any) -> int:
+def _bytes_of(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 def host_bytes(tensor: Any) -> int:
     "The bytes of the host's memory that a copy takes: torch rounds up what is pinned to a power of two."
-    size = bytes_of(tensor)
+    size = _bytes_of(tensor)
     is_pinned = tensor.device.type == "cuda" or tensor.is_pinned()
     return 1 << (size - 1).bit_length() if is_pinned and size else size
 
 
-def size_of(
+def tensors_in(
     content: Any,  # as for `HostCopy`
-    measure: Callable[[Any], int] = bytes_of,  # of a tensor
-) -> int:
-    "The bytes of the tensors in it."
+) -> list[Any]:
     import torch
     from torch.utils._pytree import tree_leaves
 
-    def size(tensor: Any) -> int:
-        if hasattr(tensor, "__tensor_flatten__"):
-            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-        return measure(tensor)
+    return [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
 
-    return sum(size(leaf) for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+
+def size_of(
+    content: Any,  # as for `HostCopy`
+) -> int:
+    "The bytes of the tensors in it."
+    return sum(map(_bytes_of, tensors_in(content)))

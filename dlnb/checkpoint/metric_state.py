@@ -84,12 +84,15 @@ def _to(value: Any, device: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 # %% ../../nbs/checkpoint/10_metric_state.ipynb #2915f7cd
+WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of what it has wrapped
+
+
 def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     "The buffers that a `state_dict` holds, without making one: FSDP would gather the model for it."
     transient = {
         f"{prefix}.{name}" if prefix else name for prefix, part in module.named_modules() for name in part._non_persistent_buffers_set
     }
-    return {name: buffer for name, buffer in module.named_buffers() if name not in transient}
+    return {name.replace(WRAPPER, ""): buffer for name, buffer in module.named_buffers() if name not in transient}
 
 
 def own_buffers(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -111,7 +114,7 @@ def syncs_buffers(trainer: Trainer) -> bool | None:
 def restore_buffers(trainer: Trainer, saved: dict[str, torch.Tensor], syncs: bool | None = None) -> None:
     if syncs is not None and syncs_buffers(trainer) is not None:
         trainer.model.require_forward_param_sync = syncs
-    buffers = dict(trainer.lightning_module.named_buffers())
+    buffers = saved_buffers(trainer.lightning_module)
     with torch.no_grad():
         for name, value in saved.items():
             buffers[name].copy_(value)

@@ -86,4 +86,8 @@ def parameter_value(
     if name in (given := notebook.metadata.get("papermill", {}).get("parameters") or {}):
         return given[name]
     values = [assignment.value for assignment in assignments(parameters_source(notebook)) if assignment.name == name]
-    return ast.literal_eval(values[-1]) if values else otherwise  # type: ignore[arg-type]  # None raises too
+    if values and values[-1] is None:
+        raise ParameterError(
+            f"{name} is not assigned a value alone in the cell tagged 'parameters'. Write `{name} = ...` on a line of its own."
+        )
+    return ast.literal_eval(values[-1]) if values else otherwise

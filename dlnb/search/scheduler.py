@@ -15,7 +15,7 @@ import optuna
 
 from .plan import SearchPlan
 from .report import progress_line, write_best
-from .trial_queue import HEARTBEAT_EVERY, TrialQueue
+from .trial_queue import HEARTBEAT_EVERY, TrialQueue, trial_id
 from .worker import Worker
 
 # %% ../../nbs/search/09_scheduler.ipynb #967f10ad
@@ -68,5 +68,5 @@ class Scheduler:
             show(progress_line(self.plan, self.queue.all()))
             if time.monotonic() > sent + HEARTBEAT_EVERY:
                 sent = time.monotonic()
-                for trial_id in list(self.worker.running):
-                    self.queue.heartbeat(trial_id)
+                for row in filter(self.queue.holds, list(self.worker.running.values())):
+                    self.queue.heartbeat(trial_id(row))

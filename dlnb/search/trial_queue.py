@@ -117,8 +117,12 @@ class TrialQueue(StudyTrials):
     ) -> Iterator[bool]:
         "Whether that claim still holds; no other worker takes the trial over in the meantime."
         with self.locked():
-            now = self.storage.get_trial(trial_id(row))
-            yield now.state == TrialState.RUNNING and now.user_attrs["worker"] == row.user_attrs["worker"]
+            yield self.holds(row)
+
+    def holds(self, row: FrozenTrial) -> bool:
+        "The same at this moment."
+        now = self.storage.get_trial(trial_id(row))
+        return now.state == TrialState.RUNNING and now.user_attrs["worker"] == row.user_attrs["worker"]
 
     def heartbeat(self, id: int) -> None:
         with suppress(UpdateFinishedTrialError):

@@ -39,20 +39,20 @@ def final_outcome(outcome: Outcome, values: list[float], monitor: str) -> Outcom
 class TrialTraining:
     "The training of one trial: the values that it reported, and how it ended."
 
-    def __init__(self, plan: SearchPlan, study: ExhaustibleStudy, row: FrozenTrial):
-        self.plan, self.row = plan, row
+    def __init__(self, plan: SearchPlan, queue: TrialQueue, study: ExhaustibleStudy, row: FrozenTrial):
+        self.plan, self.queue, self.row = plan, queue, row
         self.trial = optuna.trial.Trial(study, trial_id(row))
         self.known = row.intermediate_values.keys()  # the steps of reports that the study has from an earlier attempt
         self.values: list[float] = []
 
     def report(self, number: int, value: float) -> bool:
-        "Take a report of the epoch `number`; whether the trial is to end, as the pruner says or as another worker has ended it."
+        "Take a report of the epoch `number`; whether the trial is to end, as the pruner says or as another worker has it."
         self.values.append(value)
-        try:
+        if not self.queue.holds(self.row):
+            return True
+        with suppress(UpdateFinishedTrialError):  # in this moment
             if number + 1 not in self.known:
                 self.trial.report(value, number + 1)
-        except UpdateFinishedTrialError:
-            return True
         return self.trial.should_prune()
 
     def run(self, devices: list[int], stop: threading.Event) -> Outcome:
@@ -64,7 +64,8 @@ class TrialTraining:
             config = RunConfig(**with_kept_paths(settings, plan.folder))
         except Exception as error:
             return Outcome("failed", f"{type(error).__name__}: {error}")
-        self.trial.set_user_attr("folder", str(folder))
+        with suppress(UpdateFinishedTrialError):  # by another worker
+            self.trial.set_user_attr("folder", str(folder))
         bounds: dict[str, Any] = {"timeout": plan.study.trial_timeout, "checkpoints": plan.study.keep_checkpoints, "stop": stop}
         return run_trial(config, folder, self.report, plan.name, plan.resources(devices), **bounds)
 
@@ -120,7 +121,7 @@ class Worker:
     def __init__(self, plan: SearchPlan, queue: TrialQueue):
         self.plan, self.queue, self.outcomes = plan, queue, OutcomeWriter(plan, queue)
         self.stop = threading.Event()  # ends the trials that run
-        self.running: set[int] = set()  # the trials' ids
+        self.running: dict[int, FrozenTrial] = {}  # by the trials' ids
         self.exhausted = False  # whether the sampler has nothing left to try
 
     def load_study(self, number: int = 0) -> ExhaustibleStudy:
@@ -128,16 +129,16 @@ class Worker:
         return ExhaustibleStudy(self.plan.name, self.queue.storage, sampler=sampler, pruner=pruner)
 
     def run(self, row: FrozenTrial, devices: list[int]) -> None:
-        self.running.add(trial_id(row))
+        self.running[trial_id(row)] = row
         study = self.load_study(row.number)
         outcome = Outcome("stopped")
         try:
-            training = TrialTraining(self.plan, study, row)
+            training = TrialTraining(self.plan, self.queue, study, row)
             outcome = training.run(devices, self.stop)
             if outcome.state != "stopped":
                 self.outcomes.write(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
         finally:
-            self.running.remove(trial_id(row))
+            del self.running[trial_id(row)]
             if outcome.state == "stopped":
                 self.queue.release(row)
         self.exhausted = self.exhausted or study.exhausted

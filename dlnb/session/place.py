@@ -196,12 +196,17 @@ def abort_process_groups() -> None:
             stack.callback(nccl._group_end)
             log.warning("The GPUs' collectives were aborted. What this cell has computed on them since its last step may be wrong.")
         for group in groups:
-            group.abort()
+            try:
+                group.abort()
+            except RuntimeError as error:  # of a connection that is gone
+                log.warning(f"A process group could not be aborted: {error}")
 
 # %% ../../nbs/session/00_place.ipynb #d88b388c
 def abandon_collectives(
     pids: Iterable[int],  # of the processes that this one may wait for
 ) -> None:
     "Have the collectives that this process waits in fail. Called in another thread than waits."
-    abort_process_groups()
-    close_connections(pids)
+    try:
+        abort_process_groups()
+    finally:
+        close_connections(pids)

@@ -60,8 +60,6 @@ class Progress:
         timeout: float,  # seconds without progress that are allowed
     ):
         self.timeout, self.count, self.under_way = timeout, 0, False
-        if rank == 0:
-            (folder / ENDING).unlink(missing_ok=True)
         self.files, self.closed = _RankFiles(folder, rank), threading.Event()
         self._write()
         self.writer = threading.Thread(target=self._keep, name="dlnb-progress", daemon=True)
@@ -199,6 +197,13 @@ def announce_ending() -> None:
     if folder := os.environ.get(PROGRESS):
         with suppress(OSError):
             Path(folder, ENDING).write_text(str(time.time()), encoding="utf-8")
+
+
+def withdraw_ending() -> None:
+    "Forget that report: another training begins in this process."
+    if folder := os.environ.get(PROGRESS):
+        with suppress(OSError):
+            Path(folder, ENDING).unlink(missing_ok=True)
 
 
 def is_ending(

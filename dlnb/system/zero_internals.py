@@ -64,7 +64,7 @@ def move_unpartitioned(module: nn.Module, device: torch.device) -> None:
         return
     for child in module.children():
         move_unpartitioned(child, device)
-    for name, buffer in [*module.named_buffers(recurse=False)]:
+    for name, buffer in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
         setattr(module, name, buffer if buffer.is_meta else buffer.to(device))
     for parameter in module.parameters(recurse=False):
         if not (is_partitioned(parameter) or parameter.is_meta):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import unknown
-from ..system.atomic import remove
+from ..system.atomic import UNFINISHED, remove
 from ..system.lock import find_holder
 from .catalogue import FIRST, SHOWN_SETTINGS, find_records, listed_runs, record_columns, runs, table_of
 from .curves import as_label, curve_of, read_metrics
@@ -111,7 +111,8 @@ def _unneeded(record: RunRecord) -> list[tuple[Path, float]]:
     if kept not in paths or not kept.exists():
         raise ValueError(f"its record names {name!r}, which is not one of its checkpoints.")
     others = [path for path in paths if path != kept and not (kept.is_symlink() and path.exists() and path.samefile(kept))]
-    return [(path, _size(path, kept)) for path in others]
+    left = sorted(place.glob(f"*.removed{UNFINISHED}"))  # by a deletion that did not come to its end
+    return [(path, _size(path, kept)) for path in others + left]
 
 # %% ../../nbs/tracking/08_comparison.ipynb #634c9714
 def _size(path: Path, kept: Path) -> float:
