@@ -339,6 +339,9 @@ def test_a_lost_connection_and_a_kill_are_less_of_a_cause():
     assert find_cause([lost, killed, raised]) is raised
     assert find_cause([lost, killed]) is killed
     assert find_cause([lost]) is lost and find_cause([]) is None
+    aborted = Rank(3, 1, ename="RankDied", evalue="process 8 was killed by SIGABRT", time=0)  # by NCCL's watchdog, as it waited
+    hung = Rank(4, 1, ename="NoProgress", time=4)
+    assert find_cause([aborted, hung]) is hung and find_cause([lost, aborted]) is aborted
 
 
 @pytest.mark.soak

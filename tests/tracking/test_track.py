@@ -95,6 +95,9 @@ def test_prune_lists_and_deletes_only_on_a_second_word_and_never_a_best_one(root
         if record.status == "finished":
             assert (record.folder / record.best_checkpoint).exists()
             assert fit(RunConfig(**record.settings | {"root": str(copy)})).folder == record.folder  # it is still shown
+            left = record.folder / "checkpoints" / "last.ckpt.removed.unfinished"  # by a deletion that was killed
+            left.mkdir()
+    assert set(prune(copy, delete=True)["checkpoint"]) == {left.name} and not left.exists()
 
 
 def test_prune_leaves_a_run_alone_whose_record_does_not_say_which_checkpoint_is_the_best(tmp_path):
