@@ -28,9 +28,12 @@ def _bytes(
 ) -> int:
     "A size in bytes. Raises `ValueError` for any other text."
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B?)", str(size).strip(), flags=re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    found = 0
+    if match:
+        found = int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
+    if found < 1:
         raise ValueError(f"max_shard_size={size!r} must be a size such as '5GB', '500MB' or '2GiB', or a number of bytes.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0))
+    return found
 
 # %% ../nbs/01_consolidate.ipynb #82c7a910
 def _target(out: str | Path, ckpt: bool, overwrite: bool) -> Path:

@@ -17,7 +17,7 @@ from ..system.progress import PROGRESS, Progress
 
 # %% ../../nbs/callbacks/05_progress.ipynb #0c492fb5
 STEPS = (
-    *("setup", "on_sanity_check_start", "on_fit_start", "on_train_start", "on_load_checkpoint", "on_save_checkpoint"),
+    *("on_sanity_check_start", "on_fit_start", "on_train_start", "on_load_checkpoint", "on_save_checkpoint"),
     *("on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_validation_batch_start"),
     *("on_validation_batch_end", "on_validation_end", "on_test_start", "on_test_batch_start", "on_test_batch_end"),
@@ -34,10 +34,16 @@ class MarkProgress(Callback):
     ):
         self.timeout = timeout
         self.progress: Progress | None = None
+        self.has_ended = False
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        "A training begins."
+        self.has_ended = False
+        self.mark(trainer)
 
     def mark(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         "Note that this rank is a step further."
-        if self.progress is None and self.timeout and (folder := os.environ.get(PROGRESS)):
+        if self.progress is None and not self.has_ended and self.timeout and (folder := os.environ.get(PROGRESS)):
             with suppress(OSError):  # the folder may just have been cleaned out of the temporary folder
                 self.progress = Progress(Path(folder), trainer.global_rank, self.timeout)
         if self.progress is not None:
@@ -45,6 +51,7 @@ class MarkProgress(Callback):
 
     def end(self, *_: Any, **__: Any) -> None:
         "Nobody waits for this rank any more."
+        self.has_ended = True
         if self.progress is not None:
             self.progress.end()
             self.progress = None

@@ -114,7 +114,7 @@ def syncs_buffers(trainer: Trainer) -> bool | None:
 def restore_buffers(trainer: Trainer, saved: dict[str, torch.Tensor], syncs: bool | None = None) -> None:
     if syncs is not None and syncs_buffers(trainer) is not None:
         trainer.model.require_forward_param_sync = syncs
-    buffers = saved_buffers(trainer.lightning_module)
+    buffers = {name.replace(WRAPPER, ""): buffer for name, buffer in trainer.lightning_module.named_buffers()}
     with torch.no_grad():
         for name, value in saved.items():
-            buffers[name].copy_(value)
+            buffers[name.replace(WRAPPER, "")].copy_(value)

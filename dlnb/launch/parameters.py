@@ -55,7 +55,7 @@ def assignments(
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         for target in filter(None, targets):
             for node in ast.walk(target):
-                if isinstance(node, ast.Name):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     yield Assignment(node.id, value if node is target else None, statement.lineno, statement.end_lineno or statement.lineno)
 
 # %% ../../nbs/launch/18_parameters.ipynb #09658cbb

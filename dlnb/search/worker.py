@@ -121,7 +121,7 @@ class Worker:
     def __init__(self, plan: SearchPlan, queue: TrialQueue):
         self.plan, self.queue, self.outcomes = plan, queue, OutcomeWriter(plan, queue)
         self.stop = threading.Event()  # ends the trials that run
-        self.running: dict[int, FrozenTrial] = {}  # by the trials' ids
+        self.running: dict[str, FrozenTrial] = {}  # by their claims, of which a trial may have had several
         self.exhausted = False  # whether the sampler has nothing left to try
 
     def load_study(self, number: int = 0) -> ExhaustibleStudy:
@@ -129,7 +129,7 @@ class Worker:
         return ExhaustibleStudy(self.plan.name, self.queue.storage, sampler=sampler, pruner=pruner)
 
     def run(self, row: FrozenTrial, devices: list[int]) -> None:
-        self.running[trial_id(row)] = row
+        self.running[claim := row.user_attrs["worker"]["claim"]] = row
         study = self.load_study(row.number)
         outcome = Outcome("stopped")
         try:
@@ -138,7 +138,7 @@ class Worker:
             if outcome.state != "stopped":
                 self.outcomes.write(study, training, final_outcome(outcome, training.values, self.plan.config.monitor))
         finally:
-            del self.running[trial_id(row)]
+            del self.running[claim]
             if outcome.state == "stopped":
                 self.queue.release(row)
         self.exhausted = self.exhausted or study.exhausted

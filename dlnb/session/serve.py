@@ -190,9 +190,11 @@ class Requests:
 
     def leave(self, port: int, pids: list[int]) -> None:
         "Leave process groups in which a collective may never end."
-        abort_process_groups()
-        leave_process_group(port, is_served=True)
-        close_connections(pids)
+        try:
+            abort_process_groups()
+        finally:
+            leave_process_group(port, is_served=True)
+            close_connections(pids)
 
 # %% ../../nbs/session/04_serve.ipynb #7d301335
 def answer(requests: Requests, request: tuple) -> tuple:

@@ -115,7 +115,10 @@ class _ProgressReader:
                 if known is None or not os.path.samestat(os.fstat(known.fileno()), path.stat()):
                     self.files[path.name] = path.open("rb")
         for name, file in sorted(self.files.items()):
-            if len(record := os.pread(file.fileno(), RECORD.size, 0)) == RECORD.size:
+            record = b""
+            with suppress(OSError):  # another machine may have removed it
+                record = os.pread(file.fileno(), RECORD.size, 0)
+            if len(record) == RECORD.size:
                 yield int(Path(name).stem.removeprefix("rank-")), RankProgress(*RECORD.unpack(record))
 
 # %% ../../nbs/system/07_progress.ipynb #7dd96b44
@@ -188,7 +191,7 @@ def _read(path: Path) -> str:
     return ""
 
 # %% ../../nbs/system/07_progress.ipynb #3fe1a002
-ENDING = "ending"  # the name of the file
+ENDING = "rank-0.ending"  # the name of the file, of a kind that is not restored in a job folder
 ENDING_GRACE = 60.0  # seconds for rank 0 to complete what it is writing, after a failure
 
 
