@@ -236,7 +236,8 @@ def next_candidate(state: State, budget: int) -> Candidate | None:
         return None
     if not state.measured:
         return _first(state)
-    most = max(3, budget - len(state.strategies))
+    others = len(state.strategies) - 1  # a probe is left for each
+    most = min(max(3, budget - len(state.strategies)), budget - others)
     return _profile(state, most) or _compared(state) or _refined(state)
 
 
